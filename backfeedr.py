@@ -54,8 +54,9 @@ To make a change, edit:
 
     add an endpoint             Backfeedr._routes, a query in PublicMetrics or Metrics; a handler if it is no GET
     add a field to a report     REPORT_TABLES, _ADDED_COLUMNS and SCHEMA_VERSION; Crash or Event, perhaps _CONVERTERS
-    add a figure                a class in FIGURES, its fields in COUNTED; SCHEMA_VERSION, and in migrate a count of the
-                                stored reports; a PublicMetrics query and a route
+    add a figure                a class in FIGURES, its fields at the end of COUNTED; a PublicMetrics query and a route;
+                                SCHEMA_VERSION, and in migrate a count of the stored reports unless it counts all;
+                                for text that clients make up, MAX_NEW_NAMES, OTHER_FLAGS and NewNames
     add a page                  Dashboard.routes, a method there, a row of _TEMPLATES, and of _NAVIGATION for the menu
     add a command               a method do_... of Commands, and a row of _COMMANDS
     add a kind of channel       a function in Channels, a row of CHANNELS, and perhaps check_address and Alerts.add
@@ -218,8 +219,8 @@ def _from_text(text: str, kind: type) -> Any:
 # One SQLite file that its owner can open with any tool. Each report is a row whose columns are named like the fields of
 # the API. Times are milliseconds since 1970 UTC. The tables of the figures are in the section Figures.
 #
-# `seq` is the time of receipt in milliseconds * 2^20 + a counter. The id of a report is its seq in hexadecimal, so
-# neither takes space nor needs an index. Seqs ascend, so inserts append and retention deletes at the front. After the
+# `seq` is the time of receipt in milliseconds * 2^20 + a counter. The id of a report is its seq in hexadecimal, so it
+# takes no space and needs no index. Seqs ascend, so inserts append and retention deletes at the front. After the
 # host's clock was set back, seqs are ahead of the time of receipt, by `seq_ahead_ms`. A random part keeps seqs unique
 # across files.
 
@@ -305,7 +306,7 @@ create table channels (
 create table messages (                    -- those that wait, and those of the last hour; id is the webhook-id
     id text primary key, channel_id integer not null, created_at integer not null, body text not null,  -- JSON
     tries integer not null default 0, taken_until integer not null default 0,  -- no other process sends it before
-    due_at integer                         -- null: it was sent, or has failed for good
+    due_at integer                         -- null: it was sent, or has failed; taken_until: only this one was refused
 ) without rowid;
 create index messages_by_time on messages (channel_id, created_at);
 """
@@ -314,7 +315,7 @@ create index messages_by_time on messages (channel_id, created_at);
 # == Values ====================================================================
 # Refusals, which tell a client what is wrong, and small conversions that many sections use.
 
-SECOND = 1000  # all times are in milliseconds
+SECOND = 1000  # times are in milliseconds; timeouts are in seconds, as Python takes them
 MINUTE = 60 * SECOND
 HOUR = 60 * MINUTE
 DAY = 24 * HOUR
@@ -325,8 +326,8 @@ SEQ_BITS = 20  # for the counter of a seq within a millisecond
 
 
 class Refusal(Exception):
-    """A request that is refused. `str()` is the error that the client gets; `detail` helps its developer. If
-    `retry_after` is given, the same request may succeed after that many seconds."""
+    """A request that is refused. `str()` is the error that the client gets, and decides the status (see ERRORS);
+    `detail` helps its developer. If `retry_after` is given, the same request may succeed after that many seconds."""
 
     def __init__(self, text: str, retry_after: int | None = None, detail: str = ""):
         super().__init__(text)
@@ -396,6 +397,11 @@ def iso_time(time_ms: int) -> str:
     return moment.isoformat(timespec="milliseconds" if time_ms % SECOND else "seconds") + "Z"
 
 
+def iso_day(day: int) -> str:
+    """The date of a UTC day, which is a number of days since 1970."""
+    return iso_time(day * DAY)[:10]
+
+
 def clock_ahead(latest: int, now: int) -> int:
     """How many milliseconds a device's clock is ahead, given the latest time it sent; 0 up to MAX_SKEW. All reports of
     a request are moved by this, so durations between them stay right."""
@@ -433,6 +439,11 @@ def crash_id(seq: int) -> str:
 def event_ids(seqs: Iterable[int]) -> list[str]:
     """The public ids of events, equal to the column `id`."""
     return [f"evt_{seq:016x}" for seq in seqs]
+
+
+def plural(count: int, word: str, ending: str = "s") -> str:
+    """A count with its noun: 1 crash, 2,000 crashes."""
+    return f"{count:,} {word}{ending * (count != 1)}"
 
 
 def new_key(is_test: bool) -> str:
@@ -534,7 +545,7 @@ class Frame(NamedTuple):
 
 def read_frame(frame: Mapping[str, Any]) -> Frame:
     """A frame from its JSON object. The symbol that a device gives to the app's own code in a known build is not
-    trusted: in a stripped binary, it is an earlier function's. `symbolicated` marks one that can be trusted."""
+    trusted: for a stripped binary, a device names an earlier function. `symbolicated` marks one that can be trusted."""
     if frame.keys() <= _API_FRAME_FIELDS:
         symbol, file = _string(frame.get("symbol")), _string(frame.get("file"))
         return _cached_frame(symbol, file) if len(symbol) + len(file) < 200 else _make_frame(symbol, file)
@@ -653,14 +664,10 @@ _GROUP_RULES: Sequence[Callable[[Frame], object]] = (
     lambda frame: frame.label)
 
 
-def group_hash(exception_type: str, frames: Iterable[Mapping[str, Any]]) -> str:
+def group_hash(exception_type: str, frames: Iterable[Frame]) -> str:
     """The group of a crash: a hash of its exception type and of the first three names in frames of the app's own code.
-    Without own code, other frames count. A frame without a name counts as its build and offset."""
-    return group_hash_of_frames(exception_type, map(read_frame, frames))
-
-
-def group_hash_of_frames(exception_type: str, frames: Iterable[Frame]) -> str:
-    """Like group_hash, for Frames. Reads no more of them than it needs, which is mostly the first few."""
+    Without own code, other frames count. A frame without a name counts as its build and offset. Reads no more frames
+    than it needs, which is mostly the first few."""
     names: list[str] = []
     for rule in _GROUP_RULES:
         candidates, frames = tee(frames)  # as they are read lazily
@@ -866,6 +873,11 @@ _ABSENT: Mapping[type, JsonObject] = {kind: dict.fromkeys((*names, "extra")) for
 _REQUIRED = ("exception_type", "type", "occurred_at")
 
 
+def report_id(kind: type, seq: int) -> str:
+    """The public id of a report."""
+    return crash_id(seq) if kind is Crash else event_ids([seq])[0]
+
+
 def parse_crash(sent: JsonObject, max_size: int = MAX_REPORT_SIZE) -> Crash:
     """A crash from its JSON object, cut to `max_size` bytes. Raises Refusal."""
     trace: Any = sent.get("stack_trace")
@@ -873,7 +885,7 @@ def parse_crash(sent: JsonObject, max_size: int = MAX_REPORT_SIZE) -> Crash:
     frames = list(map(_normalize_frame, _limit_length(trace, spare_frames=1))) if _is_list_of_objects(trace) else []
     values = _convert({**sent, "stack_trace": frames} if frames else sent, Crash, max_size)
     kept = list(map(read_frame, _limit_length(frames)))
-    return Crash(group_hash_of_frames(values[0], kept), builds_to_symbolicate(kept), *values)
+    return Crash(group_hash(values[0], kept), builds_to_symbolicate(kept), *values)
 
 
 def own_frame_names(frames: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -910,7 +922,7 @@ def parse_event(sent: Any, max_size: int = MAX_REPORT_SIZE) -> Event:
 
 def parse_batch(sent: JsonObject) -> list[Event]:
     """The events of a batch, all or none. Raises Refusal with the index of the first bad event. Unknown fields beside
-    `events` are kept with the first event, as `batch`: with copies in each, a small request could write a lot."""
+    `events` are kept with the first event, as `batch`: copies in each would let a small request write a lot."""
     events = sent.get("events")
     if events in (None, "", []):
         raise Refusal("missing events")
@@ -1187,7 +1199,7 @@ def _decode_nested(text: str) -> Any:
     does not have, stands for it in the text around it. Raises ValueError."""
     if not _is_deep(text, MAX_READ_DEPTH):
         return _DECODER.decode(text)
-    unused = deque[Any]()  # the lists for the next NaNs. One decoder for all pieces: a new one for each takes a third
+    unused = deque[Any]()  # the lists for the next NaNs. One decoder: a new one for each list takes a third longer
     decoder = _make_decoder(parse_constant=lambda word: unused.popleft() if word == "NaN" else _parse_finite(word))
     pieces, lists = list[str](), list[Any]()  # of the text that is being read, and the lists that NaN stands for in it
     enclosing: list[tuple[list[str], list[Any]]] = []  # the same for each text around it
@@ -1695,13 +1707,8 @@ class Symbols:
         """Whether the symbols of any of these builds are stored."""
         return any(map(self.is_held, (images or "").split()))
 
-    def lookup(self, uuid: str, offset: int) -> list[Function]:
-        """The functions at an instruction, innermost first."""
-        if (uuid, offset) not in self._functions:
-            self._functions[uuid, offset] = list(self._look_up(uuid, offset)) if self.is_held(uuid) else []
-        return self._functions[uuid, offset]
-
-    def _look_up(self, uuid: str, offset: int) -> Iterator[Function]:
+    def lookup(self, uuid: str, offset: int) -> Iterator[Function]:
+        """The functions at an instruction of a build whose symbols are stored, innermost first."""
         first, = self._db.execute("select max(first) from symbol_pages where uuid = ? and first <= ?",
                                   (uuid, min(offset, MAX_OFFSET))).fetchone()
         if first is None:
@@ -1723,8 +1730,9 @@ class Symbols:
             read, functions = read_frame(frame), list[Function]()
             if read.uuid and read.offset is not None and not read.file and self.is_held(read.uuid):
                 instruction = read.uuid, max(0, read.offset - int(is_return_address))  # the call, not what follows it
-                if instruction in self._functions or self.lookups < max_lookups:
-                    functions = self.lookup(*instruction)
+                if instruction not in self._functions and self.lookups < max_lookups:
+                    self._functions[instruction] = list(self.lookup(*instruction))
+                functions = self._functions.get(instruction, [])
             if not functions:
                 yield frame
             for number, (symbol, file, line) in enumerate(functions, 1):
@@ -1738,7 +1746,7 @@ class Symbols:
         if not self.can_name(crash.images):
             return crash
         frames = self.symbolicated(json.loads(crash.stack_trace))
-        return crash._replace(group_hash=group_hash_of_frames(crash.exception_type, map(read_frame, frames)))
+        return crash._replace(group_hash=group_hash(crash.exception_type, map(read_frame, frames)))
 
 
 def _read_page(db: Any, uuid: str, first: int) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[str]]:
@@ -1793,8 +1801,8 @@ def _with_placeholders(statement: str, rows: int, columns: int) -> str:
 
 
 class KnownRows:
-    """What commits have read or written, so that the next one need not read it again: half of its queries. It is
-    cleared whenever anything but a commit of this process may have changed these rows, and when a commit fails."""
+    """What commits have read or written, so that the next one need not read it again. This saves half of its queries.
+    It is cleared when anything but a commit of this process may have changed these rows, and when a commit fails."""
 
     MAX_ITEMS = 5_000  # about 2 MB, or 20 MB if all texts are as long as they may be
 
@@ -1818,7 +1826,7 @@ class KnownRows:
             self.clear(version)
 
     def end(self) -> None:
-        """Ends a transaction: a commit may have as many reports as there is room for."""
+        """Ends a transaction. Forgets everything if there is too much."""
         parts = (self.app_of_key, self.names, self.builds, self.group_devices, self.open_groups, *self.rows.values())
         if sum(map(len, parts)) > self.MAX_ITEMS:
             self.clear()
@@ -1909,16 +1917,16 @@ def _percentages(*shares: float) -> list[str]:
 # What the server counts. Each figure is a class: its tables, how reports count in it, and the questions it answers. A
 # report counts by 1 when it is stored and by -1 when its device is forgotten, in the same transaction, so each sum
 # equals a count over the rows. When reports expire, lasting sums, medians and builds stay as they are; everything else
-# describes the reports that are kept. The command `check` counts everything again.
+# describes the reports that are kept. The command `check` counts nearly everything again.
 
 ALL_DAYS = -1_000_000  # the `day` of a label's sum over all days
-WEEK = 7               # days of the overview, ending today
+WEEK_DAYS = 7               # days of the overview, ending today
 DURATION_DAYS = 400    # days for which durations are kept: a year, and some more
 DEVICE_DAYS = 400      # a report that occurred more days than this before its receipt makes no device active
 HOURS_KEPT = 48        # hours for which device_hours are kept
 NAME_DAYS = KEY_DAYS = 90  # days for which events by name, and requests by key, are kept
 HEALTH_DAYS = 90       # the age up to which a release is compared with the previous one
-TRIM_STEP = 1000       # rows that one step of `trim` deletes from a table
+STEP_ROWS = 1000       # rows, or pages, that one step deletes, or that an export reads at a time
 SEARCHED_CRASHES = 10_000  # that a deletion reads to find the latest ones of groups: more would hold up all writers
 MAX_RELEASES, MAX_BUILDS_OF_APP = 1000, 2000  # of each app
 MAX_ANSWER = 60_000    # bytes of JSON for the rows of a public answer, so that the whole answer stays below 64 kB
@@ -1933,11 +1941,11 @@ SESSION_TYPES = {"session_start", "session_end"}  # of events
 TABLES: dict[type, str] = {Crash: "crashes", Event: "events"}
 # A report as the figures see it. `at` is the time at which it counts; `sent_type` is the exception type that was sent,
 # even if it counts as `(other)`.
+_COLUMNS_OF_BOTH = "seq app_id received_at at {} app_version device_id_hash session_id "  # in the same places
 COUNTED: dict[type, Any] = {
-    Crash: namedtuple("CountedCrash", "seq app_id received_at at sent_type app_version device_id_hash session_id"
-                                      " build_number group_hash images exception_type device_model exception_reason"
-                                      " stack_trace"),
-    Event: namedtuple("CountedEvent", "seq app_id received_at at type app_version device_id_hash session_id name")}
+    Crash: namedtuple("CountedCrash", _COLUMNS_OF_BOTH.format("sent_type") + "build_number group_hash images"
+                                      " exception_type device_model exception_reason stack_trace"),
+    Event: namedtuple("CountedEvent", _COLUMNS_OF_BOTH.format("type") + "name")}
 _MAKE_COUNTED = {kind: partial(tuple.__new__, counted) for kind, counted in COUNTED.items()}  # faster than _make
 
 
@@ -1949,7 +1957,6 @@ def columns_getter(kind: Any, *names: str) -> Callable[[Any], Any]:
 _OCCURRED_AT = {kind: columns_getter(kind, "occurred_at") for kind in COUNTED}
 _SENT_TYPE = {Crash: columns_getter(Crash, "exception_type"), Event: columns_getter(Event, "type")}
 _OTHER_COLUMNS = {kind: columns_getter(kind, *counted._fields[5:]) for kind, counted in COUNTED.items()}
-# Fields that both kinds of counted reports have in the same places.
 _TIMES, _RUN = (columns_getter(COUNTED[Event], *names.split()) for names in (
     "at received_at", "app_id device_id_hash session_id app_version"))
 
@@ -1997,9 +2004,9 @@ def counted_reports(kind: type, app_id: int, seqs: Sequence[int], received: Sequ
 
 
 class Sums:
-    """A table of sums, by app_id and the columns of `key`. Rows are kept for `window` days or hours, by their `day` or
-    `hour`; 0 is forever. If it `lasts`, sums stay as they are when reports expire. From then on, the command `check`
-    compares only "recent" days, or whether sums are "at least" those of the reports that are left, or nothing."""
+    """A table of sums, by app_id and the columns of `key`. Its rows are kept for `window` days or hours; 0 is forever.
+    If it `lasts`, reports that expire stay counted. The command `check` then compares only "recent" days, tests whether
+    sums are "at least" those of the reports that are left, or compares nothing."""
 
     def __init__(self, key: str, columns: str, window: int = 0, lasts: bool = True, check: str = ""):
         self.key, self.columns, self.window, self.lasts = key.split(), columns.split(), window, lasts
@@ -2049,8 +2056,8 @@ class Figure:
         self._db, self._now, self._sums, self._known = rollups.db, rollups.now, rollups.changes.of, rollups.known
 
     def count(self, kind: type, reports: CountedReports, by: int) -> None:
-        """Counts reports that are about to be inserted (`by` is 1) or were just deleted (`by` is -1). In a recount they
-        are stored already, so Groups.recount() follows it."""
+        """Counts reports: `by` is 1 before they are inserted, and -1 after they were deleted. A recount counts stored
+        ones. It cannot tell which devices are new to a group, so Groups.recount() counts those again."""
 
     def expire(self, kind: type, reports: CountedReports) -> None:
         """Takes out reports that were deleted because they expired. Changes to lasting sums are ignored."""
@@ -2222,7 +2229,7 @@ create table groups (
     came_at integer not null default 0,                   -- when its first crash was received
     primary key (app_id, group_hash)) without rowid;
 """
-    SUMS = {"group_days": Sums("day group_hash", "crashes", WEEK, check="recent"),
+    SUMS = {"group_days": Sums("day group_hash", "crashes", WEEK_DAYS, check="recent"),
             "group_images": Sums("group_hash uuid", "crashes", lasts=False)}  # builds whose symbols can name crashes
     IS_EMPTY = """crashes <= 0 and not exists (
         select 1 from group_days where app_id = groups.app_id and day >= ? and group_hash = groups.group_hash)"""
@@ -2280,7 +2287,7 @@ create table groups (
                 *self._shown(key[1], latest), len(crashes), self.devices[key], came_at)
 
     def _describe_again(self, key: Row, deleted: Sequence[Any]) -> None:
-        """Describes a group again if its latest crash was deleted now, or before without a search for the next one."""
+        """Describes a group again if its latest crash was deleted, now or when the next one was not searched for."""
         latest = max(crash.at for crash in deleted)
         if key in self._inserted and latest <= max(crash.at for crash in self._inserted[key]):
             return  # the latest crash has only got other images, and `save` has described the group
@@ -2293,7 +2300,7 @@ create table groups (
 
     def drop_empty(self) -> None:
         """Deletes the groups whose last crash was just deleted, unless they had one in the last week."""
-        delete_rows(self._db, "groups", self._deleted, self.IS_EMPTY, self._now // DAY - WEEK)
+        delete_rows(self._db, "groups", self._deleted, self.IS_EMPTY, self._now // DAY - WEEK_DAYS)
 
     def _shown(self, group_hash: str, crash: Any) -> tuple[str | None, str, str]:
         """The reason, place and search text of a group whose latest crash is this one."""
@@ -2361,7 +2368,7 @@ create view releases as
     group by app_id, app_version;
 """
     SUMS = {"release_sums": Sums("app_version", "sessions crashed_sessions crashes devices crashed_devices"),
-            "release_days": Sums("day app_version", "sessions", WEEK)}
+            "release_days": Sums("day app_version", "sessions", WEEK_DAYS)}
     COUNTS = (Crash, Event)
     FILTERED = f"""(
         select app_id, app_version, min(first_seen) as first_seen, max(last_seen) as last_seen from builds
@@ -2490,7 +2497,7 @@ class Session(NamedTuple):
 
     @property
     def duration(self) -> int | None:
-        """Milliseconds. None if start or end is unknown, or the end is not within a day of it, as a clock was set."""
+        """Milliseconds. None if start or end is unknown, or if they are over a day apart, because a clock was set."""
         length = (self.ended_at or 0) - (self.started_at or 0)
         return length if self.started_at and self.ended_at and 0 <= length <= DAY else None
 
@@ -2586,7 +2593,7 @@ create table medians (                     -- of the durations of a day that is 
                 where app_id in (select id from apps) and day between ? and ? and ended > 0 and not exists (
                     select 1 from medians where app_id = ended_days.app_id and day = ended_days.day)
                 limit ?) as closed
-            where seconds is not null""", (self._now // DAY - DURATION_DAYS, self._now // DAY - 2, TRIM_STEP))
+            where seconds is not null""", (self._now // DAY - DURATION_DAYS, self._now // DAY - 2, STEP_ROWS))
 
     @staticmethod
     def per_day(db: Any, app: int | None, days: range) -> JsonObject:
@@ -2669,7 +2676,7 @@ create table device_versions (
         self._spans: dict[Row, int] = defaultdict(int)
 
     def count(self, kind: type, reports: CountedReports, by: int) -> None:
-        """Counts reports that are stored, but not those of a forgotten device: `forget` takes it out as a whole."""
+        """Counts new reports. Deleted ones stay counted: `forget` takes out a device as a whole."""
         for run, times in reports.runs if by > 0 else ():
             if not run[0].device_id_hash:
                 continue
@@ -2917,7 +2924,7 @@ class RollUps:
         return position, self.now // length - window
 
     def trim(self) -> int:
-        """Stores medians, and deletes up to TRIM_STEP old rows of each table; returns how many, 0 when none is left."""
+        """Stores medians, and deletes up to STEP_ROWS old rows of each table; returns how many, 0 when none is left."""
         self.figures[Sessions].store_medians()
         today = self.now // DAY
         deleted = self._delete_some("new_names", "new_names where day < ?", today)
@@ -2930,13 +2937,13 @@ class RollUps:
             group by app_id, app_version) as ages
             cross join release_hours using (app_id, app_version) where hour > last""")
         return deleted + self._delete_some("groups", f"groups where last_seen < ? and {Groups.IS_EMPTY}",
-                                           (today - WEEK) * DAY, today - WEEK)
+                                           (today - WEEK_DAYS) * DAY, today - WEEK_DAYS)
 
     def _delete_some(self, table: str, source: str, *parameters: int) -> int:
-        """Deletes up to TRIM_STEP rows of a query, which is given from its `from` on; returns how many."""
+        """Deletes up to STEP_ROWS rows of a query, which is given from its `from` on; returns how many."""
         keys = self.db.execute(f"""
             select {", ".join(PRIMARY_KEYS[table])} from {source} and app_id in (select id from apps) limit ?
-            """, (*parameters, TRIM_STEP)).fetchall()
+            """, (*parameters, STEP_ROWS)).fetchall()
         delete_rows(self.db, table, keys)
         return len(keys)
 
@@ -3169,7 +3176,7 @@ def _is_regression(db: Any, decision: Decision, crash: Any) -> bool:
 
 
 def _find_reopening(db: Any, now: int, decision: Decision, crashes: list[Any], devices: int) -> tuple[str, Any] | None:
-    """Why a group reopens, "regressed" or "unmuted", and the crash that did it; or None. `devices`: those new to it."""
+    """Why a group reopens, "regressed" or "unmuted", and the crash that did it; or None. `devices` are new to it."""
     if decision.state == "resolved":  # one crash of each build before the decision, and one after it, are enough
         first_of_build = {(crash.app_version, crash.build_number, crash.at > decision.changed_at): crash
                           for crash in reversed(crashes)}
@@ -3283,7 +3290,7 @@ class Connection(sqlite3.Connection):
 
     def begin_writing(self, shared: bool) -> Any:
         """Begins a transaction that writes. Other engines may run `shared` ones of different apps side by side. Returns
-        the version of the database for KnownRows.begin(), or None if that shall know nothing."""
+        the version of the database for KnownRows.begin(); None makes that forget everything."""
         self.execute("begin immediate")  # a lock taken later may fail at once instead of waiting
         return self.pragma("data_version") if shared else None
 
@@ -3331,6 +3338,12 @@ class Connection(sqlite3.Connection):
 def get_state(db: sqlite3.Connection, name: str, default: int) -> int:
     """A value from the table `state`, or the default."""
     return int((db.execute("select value from state where name = ?", (name,)).fetchone() or (default,))[0])
+
+
+def last_deleted_seq(db: sqlite3.Connection) -> int:
+    """The highest seq that expired or was deleted early; 0 if none was."""
+    return int(db.execute("""
+        select coalesce(max(value), 0) from state where name like 'expired%' or name like 'early%'""").fetchone()[0])
 
 
 def megabytes(size: int) -> str:
@@ -3471,9 +3484,37 @@ def _pages_to_count(db: sqlite3.Connection, kind: type[Any]) -> Iterator[Counted
 # == Database ==================================================================
 # One file with these tables: how it is opened, read and written.
 
-UPGRADE_TIMEOUT = 3600  # seconds to wait for another process that upgrades the tables: a gigabyte takes 15 to 30
-STEP_ROWS = 1000  # rows, or pages, that one step deletes
+UPGRADE_TIMEOUT = 3600  # seconds to wait while another process upgrades the tables; for a gigabyte, it needs 30
 PAUSE_FACTOR = 2  # the pause after a step is this many times as long as the step
+
+
+class Process:
+    """What one process keeps of a store. No connection may be used on the other side of a fork."""
+
+    def __init__(self) -> None:
+        self.write_lock = threading.Lock()
+        self.writer: Any = None
+        self.readers: list[Any] = []  # the idle ones
+        self.known = KnownRows()  # write_lock guards it
+        self.active_keys: set[bytes] = set()  # hashes of keys that were active when they were looked up
+        self.queue_lock = threading.Lock()  # guards the next two, and the content of the queue
+        self.queue: CommitQueue | None = None  # the one that submissions may join
+        self.last_queue_length = 0  # of the queue before it
+        self.commit_lock = threading.Lock()
+        self.commits, self.committed_requests, self.commit_seconds = 0, 0, 0.0
+        self.stored = Counter(crashes=0, events=0)
+        self.worker_lock, self.next_worker = threading.Lock(), threading.Lock()  # of catch_up_in_background
+
+    def close_writer(self) -> None:
+        self.known.clear()
+        if self.writer:
+            self.writer.close()
+            self.writer = None
+
+    @property
+    def waiting(self) -> list[Submission]:
+        queue = self.queue
+        return queue.submissions if queue else []
 
 
 class Database(Closing):
@@ -3481,13 +3522,12 @@ class Database(Closing):
 
     Raises StoreError if the file cannot be opened or is not a database of backfeedr. Every method may raise
     StorageUnavailable. `clock` returns seconds since 1970. A subclass for another engine (examples/postgres.py)
-    replaces what only SQLite has: `Error`, `Outage`, _open, _connect, _check_file, reading, _shrink, _fold_in_wal,
-    size, used_size, warnings and vitals; and its connections have the methods of Connection.
+    replaces what only SQLite has: `Error`, `Outage`, _open, _connect, _require_same_file, reading, _shrink,
+    _fold_in_wal, size, used_size, warnings and vitals; and its connections have the methods of Connection.
     """
 
     Error: type[Exception] = sqlite3.Error  # the base of all errors of a connection
     Outage: type[Exception] = sqlite3.OperationalError  # what every write would meet: a lock, a full disk
-    make_process: type[Process]  # Store sets it
 
     def __init__(self, path: str, clock: Callable[[], float] = time.time, may_create: bool = True):
         self._clock = clock
@@ -3518,13 +3558,13 @@ class Database(Closing):
     def _process(self) -> Process:
         """The connections and other state of the current process."""
         pid = os.getpid()
-        return self._processes.get(pid) or self._processes.setdefault(pid, self.make_process())
+        return self._processes.get(pid) or self._processes.setdefault(pid, Process())
 
     def _connect(self, query_only: bool = False) -> Connection:
-        self._check_file()
+        self._require_same_file()
         return Connection(self.path, query_only)
 
-    def _check_file(self) -> None:
+    def _require_same_file(self) -> None:
         """Raises sqlite3.Error if the file is gone or replaced: the old file's WAL would corrupt the new one."""
         if self._closed:
             raise sqlite3.ProgrammingError("the store is closed")
@@ -3557,7 +3597,7 @@ class Database(Closing):
         process = self._process
         with process.write_lock:
             try:
-                self._check_file()
+                self._require_same_file()
                 db = process.writer = process.writer or self._connect()
                 process.known.begin(db.begin_writing(shared))
                 yield db
@@ -3592,8 +3632,8 @@ class Database(Closing):
         return total
 
     def _unavailable(self, verb: str, error: Exception) -> StorageUnavailable:
-        """Logs an error once; returns the exception to raise. After a write that failed, but not because of a lock,
-        `check` makes a trial write until one succeeds or reports are stored again."""
+        """Logs an error once; returns the exception to raise. After a write that failed for another reason than a lock,
+        `check` makes trial writes until one succeeds or reports are stored again."""
         if str(error) != self._logged_error:
             log.error("cannot %s the database: %s", verb, error)
             self._logged_error = str(error)
@@ -3609,7 +3649,7 @@ class Database(Closing):
         """Raises StorageUnavailable if the clock is wrong, if reading fails, or if the last write and a trial fail."""
         self._check_clock()
         with self.reading() as db:
-            self._check_file()
+            self._require_same_file()
             db.execute("select 1 from apps").fetchone()
         if self._write_error:
             with self.writing() as db:
@@ -3736,12 +3776,14 @@ class GeneratedSecrets(NamedTuple):
 class Apps(Database):
     """A database of apps, their keys, and the secrets of the admin and of the feed."""
 
+    retention_days, max_db_size = 0, 0  # see Store
+
     def start(self, api_key: str = "", auth_token: str = "") -> GeneratedSecrets:
         """Stores the given API key, for the app `default`, and the given admin token. Without a given one, generates a
         key if there is no app, and a token if none is stored; returns what it generated."""
-        generated_token = None
+        key = generated_token = None
         with self.writing() as db:
-            key = None
+            db.execute(SET_STATE, ("retention_days", self.retention_days))  # for commands that are not given it
             apps = {name for name, in db.execute("select name from apps").fetchall()}
             stored_key = db.execute("select revoked_at from keys where key_hash = ?", (sha256(api_key),)).fetchone()
             if stored_key and stored_key[0]:
@@ -3764,13 +3806,9 @@ class Apps(Database):
             row = db.execute("select hash from secrets where name = ?", (name,)).fetchone()
         return row[0] if row else b""
 
-    def is_admin_token(self, token: bytes) -> bool:
-        """Whether this is the admin token."""
-        return hmac.compare_digest(self.secret_hash("admin_token"), sha256(token))
-
-    def is_feed_token(self, token: bytes) -> bool:
-        """Whether this is the current token of the feed."""
-        return hmac.compare_digest(self.secret_hash("feed_token"), sha256(token))
+    def is_secret(self, name: str, token: bytes) -> bool:
+        """Whether this is the stored `admin_token` or `feed_token`."""
+        return hmac.compare_digest(self.secret_hash(name), sha256(token))
 
     def create_feed_token(self) -> str:
         """Creates a token of the feed, which replaces an earlier one; returns it. Only its hash is stored."""
@@ -3810,19 +3848,12 @@ class Apps(Database):
         return key_hash in self._process.active_keys
 
     def is_active_key(self, key_hash: bytes) -> bool:
-        """Whether the key with this SHA-256 is active. Reads the database."""
+        """Looks up whether the key with this SHA-256 is active, and remembers it for is_cached_key()."""
         with self.reading() as db:
             is_active = db.execute("select 1 from keys where key_hash = ? and revoked_at is null",
                                    (key_hash,)).fetchone() is not None
-        if is_active:
-            self._process.active_keys.add(key_hash)
-        else:
-            self._process.active_keys.discard(key_hash)
+        (self._process.active_keys.add if is_active else self._process.active_keys.discard)(key_hash)
         return is_active
-
-    def is_known_key(self, key_hash: bytes) -> bool:
-        """Whether the key was active when it was last looked up, perhaps long ago. Any other key is looked up."""
-        return self.is_cached_key(key_hash) or self.is_active_key(key_hash)
 
     def create_app(self, name: str, is_test: bool = False) -> str:
         """Creates an app; returns its first key, of which only the hash is stored. Raises StoreError for a bad name."""
@@ -3838,7 +3869,7 @@ class Apps(Database):
             raise StoreError(f"there is an app named {name!r} already")
 
     def create_key(self, app: str) -> str:
-        """Creates a further key; returns it, as only its hash is stored. Raises StoreError if there is no such app."""
+        """Creates another key; returns it, as only its hash is stored. Raises StoreError if there is no such app."""
         with self.writing() as db:
             return self._insert_key(db, app, new_key(self.find_app(db, app)[1]))
 
@@ -3868,7 +3899,7 @@ class Apps(Database):
         with self.reading() as db:
             usage = {name: counts for name, *counts in db.execute("""
                 select key, max(day), sum(case when day > ? then requests else 0 end) from key_days group by key
-                """, (self.now // DAY - WEEK,))}
+                """, (self.now // DAY - WEEK_DAYS,))}
             return [Key(prefix, app, created_at, revoked_at, bytes(key_hash).hex(),
                         *usage.get(key_name(key_hash), (None, 0)))
                     for key_hash, prefix, app, created_at, revoked_at in db.execute("""
@@ -3889,7 +3920,8 @@ class Apps(Database):
 
 # == Commit ====================================================================
 # How reports become rows. Requests that arrive together share one transaction, so one fsync serves them all: the first
-# thread opens a queue and commits it; threads that come before the transaction begins join the queue and wait.
+# thread opens a queue and commits it; threads that come before the transaction begins join the queue and wait. In our
+# own server, a thread brings all requests that _Dispatcher has gathered.
 
 class Idempotency(NamedTuple):
     """How a repeated request is recognized. All values are digests."""
@@ -3898,7 +3930,7 @@ class Idempotency(NamedTuple):
     request: bytes = b""  # of path and body: shows that it is the same request
 
 
-NOT_REPEATABLE = Idempotency()  # of a request that nothing identifies
+UNMARKED = Idempotency()  # of a request that nothing identifies, so a repetition is not recognized
 
 
 class Receipt(NamedTuple):
@@ -3925,7 +3957,7 @@ class Submission:
 
     key_hash: bytes = b""
     reports: Reports = ()
-    idempotency: Idempotency = NOT_REPEATABLE
+    idempotency: Idempotency = UNMARKED
     error: Exception | None = None
     receipt: Receipt | None = None
 
@@ -3961,35 +3993,6 @@ class CommitQueue:
             else:
                 self.submissions.append(submission)
                 rows += len(submission.reports)
-
-
-class Process:
-    """What one process keeps of a store. No connection may be used on the other side of a fork."""
-
-    def __init__(self) -> None:
-        self.write_lock = threading.Lock()
-        self.writer: Any = None
-        self.readers: list[Any] = []  # the idle ones
-        self.known = KnownRows()  # write_lock guards it
-        self.active_keys: set[bytes] = set()  # hashes of keys that were active when they were looked up
-        self.queue_lock = threading.Lock()  # guards the next two, and the content of the queue
-        self.queue: CommitQueue | None = None  # the one that submissions may join
-        self.last_queue_length = 0  # of the queue before it
-        self.commit_lock = threading.Lock()
-        self.commits, self.committed_requests, self.commit_seconds = 0, 0, 0.0
-        self.stored = Counter(crashes=0, events=0)
-        self.worker_lock, self.next_worker = threading.Lock(), threading.Lock()  # of catch_up_in_background
-
-    def close_writer(self) -> None:
-        self.known.clear()
-        if self.writer:
-            self.writer.close()
-            self.writer = None
-
-    @property
-    def waiting(self) -> list[Submission]:
-        queue = self.queue
-        return queue.submissions if queue else []
 
 
 class Commit:
@@ -4091,14 +4094,14 @@ class Commit:
 # Deletes reports, each from its table and from the figures: those that have expired, those of a forgotten device or a
 # deleted app, and the oldest of a database that is too large.
 
+STEP_SECONDS = 0.02  # time that a step may take to delete or move reports
 EXPIRE_ROWS = 10  # rows to delete before the first look at the clock: a row may be as large as a body
 REPORT_BYTES = 4096  # more than most reports take, with their index entries
 
 
 class Deletion(Apps):
-    """Apps, and what deletes their reports. Methods that delete return how many rows, by table and without zeros."""
+    """Apps, and what deletes their reports. A step returns counts, which are empty if nothing was left to do."""
 
-    retention_days, max_db_size = 0, 0  # see Store
     _largest_app = (0, 0)  # when the largest app was looked up, and its id
     _early_seq = -1  # the largest app has no reports up to this one, but other apps may have many
 
@@ -4149,7 +4152,7 @@ class Deletion(Apps):
         if not self.max_db_size or (excess := self.used_size(db) - self.max_db_size) <= 0:
             return Counter()
         size = min(size, max(EXPIRE_ROWS, excess // REPORT_BYTES))
-        app_id, after = self._find_largest_app(db), self._early_seq
+        app_id, after = self._choose_largest_app(db), self._early_seq
         oldest = db.execute("""
             select seq, app_id from crashes where seq > :after
             union all select seq, app_id from events where seq > :after
@@ -4166,9 +4169,9 @@ class Deletion(Apps):
             db, kind, f"from {table} where +app_id = ? and seq > ? and seq <= ?", [(app_id, after, of_app[-1])]))
             for kind, table in TABLES.items()})
 
-    def _find_largest_app(self, db: Connection) -> int:
+    def _choose_largest_app(self, db: Connection) -> int:
         """The id of the largest app, where a crash counts as much as ten events; 0 if there are no reports. It is
-        looked up once an hour, because that counts all rows."""
+        chosen once an hour, because that counts all rows. Warns the operator then, and begins at its oldest report."""
         if not 0 <= self.now - self._largest_app[0] < HOUR:
             app_id, name = db.execute("""
                 select apps.id, name from apps join (
@@ -4194,7 +4197,7 @@ class Deletion(Apps):
         return [report.seq for report in reports]
 
     def _note_windows(self, db: Connection) -> None:
-        """Notes now as the end of the windows, for `check`: the reports that are left do not tell it."""
+        """Notes the end of the windows for `check`: after a deletion, the latest report may be too old to tell it."""
         db.execute(RAISE_STATE, ("counted_at", self.now))
 
     def _last_seq(self, kind: type[Any]) -> int:
@@ -4225,7 +4228,7 @@ class Deletion(Apps):
     def _forget_some(self, db: Connection, kind: type, seqs: Sequence[Row], deleted: Counter[str]) -> Sequence[Row]:
         """One step of deleting the reports with these seqs: a device can have so many that a sync for each ten takes an
         hour. Adds to `deleted`, and returns the seqs that are left."""
-        deadline, size, table = time.monotonic() + EXPIRE_SECONDS, EXPIRE_ROWS, TABLES[kind]
+        deadline, size, table = time.monotonic() + STEP_SECONDS, EXPIRE_ROWS, TABLES[kind]
         while seqs:
             deleted[table] += len(self._delete_reports(
                 db, kind, f"from (values *) as keys cross join {table} on seq = column1", seqs[:size], expired=False))
@@ -4266,10 +4269,9 @@ class Deletion(Apps):
 # == Stored symbols ============================================================
 # The symbols that were uploaded, and the crashes that move to other groups when symbols name their frames.
 
-EXPIRE_SECONDS = 0.02  # time that a step may take to delete or move reports
-REGROUP_ROWS = 100  # the most crashes of a group in a batch; a batch also ends after EXPIRE_SECONDS
+REGROUP_ROWS = 100  # the most crashes of a group in a batch; a batch also ends after STEP_SECONDS
 MAX_SYMBOL_BYTES = 200_000_000  # of stored symbols for each build
-MAX_BUILDS = 1000  # that may have symbols
+MAX_SYMBOL_BUILDS = 1000  # that may have symbols
 UPLOAD_DAYS = 7  # after which an incomplete upload of symbols is deleted
 SYMBOL_PAGES = 100  # pages of symbols that a step deletes: each may take 100 kB
 
@@ -4304,19 +4306,20 @@ class SymbolStore(Deletion):
                       (uuid, part.parts)).fetchone():
             return uuid
         builds, = db.execute("select count(*) from symbols where uuid <> ?", (uuid,)).fetchone()
-        if builds < MAX_BUILDS:
+        if builds < MAX_SYMBOL_BUILDS:
             return ""
         oldest, has_crashes = db.execute("""
             select uuid, uuid in (select uuid from group_images) as has_crashes from symbols where uuid <> ?
             order by has_crashes, uploaded_at, uuid limit 1""", (uuid,)).fetchone()
         if has_crashes:
             raise Refusal("too many symbols", detail=(
-                f"those of {MAX_BUILDS} builds with crashes are held; 'symbols delete {oldest}' deletes the oldest"))
+                f"those of {MAX_SYMBOL_BUILDS} builds with crashes are held;"
+                f" 'symbols delete {oldest}' deletes the oldest"))
         return str(oldest)
 
     def _store_part(self, db: Connection, uuid: str, part: SymbolPart) -> bool:
         """Writes a part, unless the build is complete. Returns whether the part was stored before."""
-        if db.execute("select 1 from symbols where uuid = ? and received = parts", (uuid,)).fetchone():
+        if Symbols(db).is_held(uuid):
             return True
         was_stored = db.execute("delete from symbol_parts where uuid = ? and part = ?", (uuid, part.part)).rowcount > 0
         if was_stored:  # only then, because this reads all pages of the build
@@ -4381,8 +4384,8 @@ class SymbolStore(Deletion):
 
     def _expire_symbols(self, db: Connection) -> Counter[str]:
         """One step of deleting useless symbols: those of an upload that was never completed, and those of an old build.
-        A build is old if it has no stored crash, and a later build of the binary has had symbols for longer than the
-        retention. By then, hardly any hang of the old build is still stored."""
+        A build is old if no crash of it is stored, and a later build of the binary got its symbols before the retention
+        began: then hardly any hang of the old build is stored either."""
         row = db.execute("""
             select uuid from symbols
             where received < parts and uploaded_at < :given_up or uploaded_at < :expired
@@ -4399,7 +4402,7 @@ class SymbolStore(Deletion):
     def _regroup(self, db: Connection) -> int:
         """One step of moving crashes to the groups that they belong to now. Returns how many batches of crashes it
         checked; 0 if there is nothing left to do."""
-        batches, deadline, symbols = 0, time.monotonic() + EXPIRE_SECONDS, Symbols(db)
+        batches, deadline, symbols = 0, time.monotonic() + STEP_SECONDS, Symbols(db)
         while row := db.execute("select * from regroupings order by app_id, group_hash limit 1").fetchone():
             self._regroup_crashes(db, symbols, deadline, row)
             batches += 1
@@ -4495,7 +4498,7 @@ def _group_and_images(symbols: Symbols, group: str, exception_type: str, trace: 
     images = builds_to_symbolicate(map(read_frame, frames))
     if is_cut and not symbols.can_name(images):
         return group, images
-    return group_hash_of_frames(exception_type, map(read_frame, symbols.symbolicated(frames))), images
+    return group_hash(exception_type, map(read_frame, symbols.symbolicated(frames))), images
 
 
 # == Store =====================================================================
@@ -4507,7 +4510,6 @@ COMMIT_GATHER_SECONDS = 0.003  # how long it waits, because a commit costs as mu
 MAX_COMMIT_WAIT = 30.0  # seconds to wait for another thread's commit: longer than any lock and sync together
 NEARLY_FULL = 0.9  # share of the disk or of max_db_size above which the operator is warned
 FACT_DAYS = 7  # after which a fact that no channel took is deleted
-PAGE_ROWS = 1000  # rows that an export reads at a time
 PAGE_CHARACTERS = 1_000_000  # characters that end a page of an export or a list: a row may be as large as a body
 
 
@@ -4517,12 +4519,10 @@ class Store(SymbolStore):
     A `retention_days` of 0 keeps everything, and None takes the value that the last server used. Close the store, or
     use it as a context manager.
 
-    max_waiters: requests that may wait for a commit; further ones get a 503.
+    max_waiters: requests that may wait for a commit; more get a 503.
     max_rows: reports that may wait; the next commit stores them all, in about 0.1 s.
     max_db_size: in bytes; above it, the oldest reports of the largest app are deleted early; 0 means no limit.
     """
-
-    make_process = Process
 
     def __init__(self, path: str, clock: Callable[[], float] = time.time, retention_days: int | None = 0,
                  max_waiters: int = 256, max_rows: int = 10_000, may_create: bool = True, max_db_size: int = 0):
@@ -4532,21 +4532,15 @@ class Store(SymbolStore):
             with self.reading() as db:
                 retention_days = get_state(db, "retention_days", Settings.retention_days)
         self.retention_days = retention_days
-        self._next_expiry = 0  # when to look again for reports to delete
+        self._next_upkeep = 0  # when to look again for reports to delete
         self._judged_hour = 0  # the hour in which it last looked for releases that are worse
-
-    def start(self, api_key: str = "", auth_token: str = "") -> GeneratedSecrets:
-        """Like Apps.start(), but also stores the retention for commands that are not given one."""
-        with self.writing() as db:
-            db.execute(SET_STATE, ("retention_days", self.retention_days))
-        return super().start(api_key, auth_token)
 
     def vitals(self) -> list[tuple[str, str, str, Iterable[tuple[str, float]]]]:
         """Figures for monitoring: name, kind, help text, and samples as Prometheus writes them. All but the sizes and
         `crashes_kept` concern only this process. Does not read the tables of reports."""
         process = self._process
         with self.reading() as db:
-            self._check_file()
+            self._require_same_file()
             crashes, = db.execute("""
                 select coalesce(sum(crashes), 0) from labels
                 where app_id in (select id from apps) and field = 'exception_type' and day = ?
@@ -4574,7 +4568,7 @@ class Store(SymbolStore):
         commit; StorageUnavailable also if too many requests wait already."""
         if not reports:
             raise ValueError("no reports")
-        submission = Submission(key_hash, reports, idempotency or NOT_REPEATABLE)
+        submission = Submission(key_hash, reports, idempotency or UNMARKED)
         self.add_all([submission])
         return submission.result()
 
@@ -4606,7 +4600,7 @@ class Store(SymbolStore):
             for waiting_thread in own_queue.thread_locks:
                 waiting_thread.release()
         if is_stored:  # after the release: nobody needs to wait for this
-            self._expire_if_due()
+            self._upkeep_if_due()
 
     def _leave_queue(self, process: Process, queue: CommitQueue, submissions: Sequence[Submission], is_commit: bool,
                      error: BaseException) -> Sequence[Submission]:
@@ -4673,7 +4667,7 @@ class Store(SymbolStore):
                 select seq, apps.name, is_test, received_at, clock_ahead_ms,
                     {", ".join("reports." + field for field in kind._fields)}
                 from {TABLES[kind]} as reports cross join apps on apps.id = app_id
-                where seq > ? and seq <= ? order by seq limit ?""", (after, last, PAGE_ROWS))) as rows:
+                where seq > ? and seq <= ? order by seq limit ?""", (after, last, STEP_ROWS))) as rows:
             for seq, name, is_test, received_at, ahead_ms, *values in rows:
                 page.append(StoredReport(seq, name, bool(is_test), received_at, ahead_ms, kind._make(values)))
                 size += sum(len(value) for value in values if type(value) is str)
@@ -4709,7 +4703,7 @@ class Store(SymbolStore):
                 commit.add_reports(app_id, [seq], [received_at], [ahead_ms], commit.regrouped([report]))
                 counts["stored"] += 1
             commit.save()
-            self._expire(db)
+            self._upkeep_step(db)
         return counts
 
     def _import_app(self, db: Connection, name: str, is_test: bool) -> int:
@@ -4739,17 +4733,17 @@ class Store(SymbolStore):
 
     # Upkeep
 
-    def _expire_if_due(self) -> None:
+    def _upkeep_if_due(self) -> None:
         """Runs one step of upkeep after a commit: at most once a second, or after every commit while there are rows
         left to delete. Once an hour it looks for worse releases. It reads first, as a write keeps others waiting."""
         now = self.now
-        if self._next_expiry - SECOND <= now < self._next_expiry:  # the lower bound: the clock may have been set back
+        if self._next_upkeep - SECOND <= now < self._next_upkeep:  # the lower bound: the clock may have been set back
             return
         deleted: Counter[str] = Counter()
         try:
             with self.reading() as db:
                 if is_too_large := 0 < self.max_db_size < self.used_size(db):
-                    self._find_largest_app(db)  # here, because it reads all reports, and no writer waits for a read
+                    self._choose_largest_app(db)  # here, because it reads all reports, and no writer waits for a read
                 is_due = is_too_large or any(db.execute("""
                     select (select min(received_at) from replays) < :replays, (select min(seq) from crashes) < :oldest,
                         (select min(seq) from events) < :oldest, exists (select 1 from regroupings),
@@ -4762,17 +4756,17 @@ class Store(SymbolStore):
                 with self.writing() as db:
                     if is_worse:
                         note_worse_releases(db, now)
-                    deleted = self._expire(db)
+                    deleted = self._upkeep_step(db)
             self._judged_hour = now // HOUR
         except Exception as error:  # the reports of the commit are stored, and later commits try again
             if not isinstance(error, StorageUnavailable):
                 log.exception("unexpected error")
         # Deletions must keep up with new reports. Moves need not: catch_up_in_background does most of them.
-        self._next_expiry = now if deleted.keys() - {"moved"} else now + SECOND
+        self._next_upkeep = now if deleted.keys() - {"moved"} else now + SECOND
 
-    def _expire(self, db: Connection) -> Counter[str]:
-        """One step of expiring, moving and trimming. Nobody can write meanwhile, so it ends after EXPIRE_SECONDS."""
-        deadline, size = time.monotonic() + EXPIRE_SECONDS, EXPIRE_ROWS
+    def _upkeep_step(self, db: Connection) -> Counter[str]:
+        """One step of expiring, moving and trimming. It ends after STEP_SECONDS, because nobody can write meanwhile."""
+        deadline, size = time.monotonic() + STEP_SECONDS, EXPIRE_ROWS
         self._note_windows(db)
         deleted = Counter(replays=db.execute("""
             delete from replays where received_at <= (
@@ -4807,7 +4801,7 @@ class Store(SymbolStore):
     def catch_up(self) -> Counter[str]:
         """Does at once what commits would do step by step: deletes all rows that have expired or whose app is deleted.
         It also moves crashes to the groups that they belong to now. Between its steps it lets reports in."""
-        return self._repeat_step(self._expire)
+        return self._repeat_step(self._upkeep_step)
 
     def prune(self) -> Counter[str]:
         """Like catch_up(), but also returns the space to the disk."""
@@ -4831,7 +4825,7 @@ class Store(SymbolStore):
 def worse_releases(db: Connection, now: int) -> list[tuple[ReleasePair, str]]:
     """The newest release of each live app if it is certainly worse than the one before, and the text of the verdict.
     Those that were reported already are left out."""
-    newest = Releases.newest(db, None, range(now // DAY - WEEK + 1, now // DAY + 1))
+    newest = Releases.newest(db, None, range(now // DAY - WEEK_DAYS + 1, now // DAY + 1))
     pairs = Releases.pairs(db, None, newest.items())
     return [(pair, (verdict(*healths) or {})["text"])
             for pair, healths in Releases.health_of_pairs(db, pairs, now).items()
@@ -5025,7 +5019,7 @@ def redacted_address(url: str) -> str:
 
 FACT_DELAY = MINUTE  # how long a fact waits for others that share its message
 MAX_FACTS = 10  # facts that a message lists; it only counts the others
-MAX_HOURLY_MESSAGES = 30  # to a channel; further facts wait for a later message
+MAX_HOURLY_MESSAGES = 30  # to a channel; other facts wait for a later message
 RETRY_SECONDS = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)  # the schedule of Standard Webhooks
 CLAIM_TIME = MINUTE  # how long nobody else sends a claimed message; longer than SEND_TIMEOUT
 POLL_SECONDS = 1.0  # between two looks for messages that are due
@@ -5267,8 +5261,7 @@ def _fact_text(kind: str, app: str, detail: JsonObject) -> str:
     crash = detail.get("exception_type", "a crash") + (f" in {detail['place']}" if detail.get("place") else "")
     fixed_in, crashes, devices = map(detail.get, ("fixed_in", "crashes", "devices"))
     notes = filter(None, (release, fixed_in and f"fixed in {fixed_in}",
-                          crashes and f"{crashes:,} crash{'es' * (crashes != 1)}",
-                          devices and f"{devices:,} device{'s' * (devices != 1)}"))
+                          crashes and plural(crashes, "crash", "es"), devices and plural(devices, "device")))
     return f"{kind.rpartition('.')[2].capitalize()}: {_one_line(crash)} ({_one_line(', '.join(notes))})"
 
 
@@ -5277,7 +5270,7 @@ def _fact_text(kind: str, app: str, detail: JsonObject) -> str:
 # days. Without an app, an answer is the sum over the live apps.
 
 class PublicMetrics:
-    """Answers questions about figures as of now, in the shapes of the API. An unknown name `app` raises Refusal."""
+    """Answers questions about figures as of now, in the shapes of the API. Raises Refusal for an unknown app."""
 
     def __init__(self, store: Store):
         self._store = store
@@ -5301,15 +5294,15 @@ class PublicMetrics:
         """A figure's answer about the last days, 30 by default, labelled with their dates."""
         shown_days = self._last_days(days or 30)
         with self._snapshot(app) as (db, app_id):
-            return {"labels": [iso_time(day * DAY)[:10] for day in shown_days], **question(db, app_id, shown_days)}
+            return {"labels": list(map(iso_day, shown_days)), **question(db, app_id, shown_days)}
 
     def daily_crashes(self, app: str | None = None, days: int | None = None) -> JsonObject:
         """The crashes per UTC day: of the last `days` by date, or of the last seven from Monday to Sunday."""
-        answer = self._by_day(Crashes.per_day, app, days or WEEK)
+        answer = self._by_day(Crashes.per_day, app, days or WEEK_DAYS)
         if days:
             return answer
         counts = {date.fromisoformat(day).weekday(): n for day, n in zip(answer["labels"], answer["data"])}
-        return {"labels": ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"], "data": [counts[n] for n in range(WEEK)]}
+        return {"labels": ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"], "data": [counts[n] for n in range(7)]}
 
     def crash_types(self, app: str | None = None, days: int | None = None) -> JsonObject:
         """The crashes of the 100 most frequent exception types."""
@@ -5325,7 +5318,7 @@ class PublicMetrics:
 
     def overview(self, app: str | None = None) -> JsonObject:
         """A summary of the seven UTC days that end today, with the devices of the last 24 hours."""
-        week = self._last_days(WEEK)
+        week = self._last_days(WEEK_DAYS)
         with self._snapshot(app) as (db, app_id):
             crashes = sum(sums_per_day(db, app_id, week, "crash_days", "crashes")["crashes"])
             sessions = sum(sums_per_day(db, app_id, week, "session_days", "sessions")["sessions"])
@@ -5358,7 +5351,7 @@ class PublicMetrics:
         if sort not in (None, "version", "first_seen"):
             raise Refusal("invalid sort")
         with self._snapshot(app) as (db, app_id):
-            rows = Releases.latest(db, app_id, self._last_days(WEEK))
+            rows = Releases.latest(db, app_id, self._last_days(WEEK_DAYS))
             verdicts = self._verdicts(db, app_id, {(row["app_id"], row["app_version"]) for row in rows})
         if sort == "version":
             rows.sort(key=lambda row: version_key(row["app_version"]), reverse=True)
@@ -5375,7 +5368,7 @@ class PublicMetrics:
     def newest_releases(self, app: str | None = None) -> list[JsonObject]:
         """The newest release of each app with its verdict, those that are worse than before first."""
         with self._snapshot(app) as (db, app_id):
-            newest = Releases.newest(db, app_id, self._last_days(WEEK))
+            newest = Releases.newest(db, app_id, self._last_days(WEEK_DAYS))
             verdicts = self._verdicts(db, app_id, set(newest.items()))
             names = dict(db.execute("select id, name from apps"))
         releases = [{"app": names[id], "app_version": version, "verdict": verdicts.get((id, version))}
@@ -5498,13 +5491,13 @@ class Metrics(PublicMetrics):
         column = SORT_COLUMNS[sort or "crashes"]
         value, group = _parse_cursor(cursor, r"([0-9]{1,18})-([0-9a-f]{16}|\(other\))", (MAX_NUMBER, ""))
         shown_days: Sequence[int | None] = self._last_days(days) if days else [None]
-        week = self._last_days(WEEK)[0] * DAY
+        week = self._last_days(WEEK_DAYS)[0] * DAY
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, **_version_filter(version), "first": shown_days[0], "last": shown_days[-1],
                           "text": text and text.casefold(), "limit": limit + 1, "value": int(value), "group": group,
                           "week": week, "since": (shown_days[0] or 0) * DAY - MAX_SKEW if days else 0, "state": state,
                           "column": column, "candidates": None}  # all groups
-            if days and days <= WEEK and column == "count" and not (version or text or state or cursor):
+            if days and days <= WEEK_DAYS and column == "count" and not (version or text or state or cursor):
                 parameters["candidates"] = self._most_crashing(db, app_id, self._last_days(days), limit + 1)
             rows = dict_rows(db, f"""
                 select * from (
@@ -5533,9 +5526,8 @@ class Metrics(PublicMetrics):
     def _most_crashing(self, db: Connection, app_id: int | None, days: range, limit: int) -> str | None:
         """The groups with the most crashes on these days, separated by spaces: figures find them faster than a scan of
         crashes. None if the two may differ: crashes have expired, or sums were deleted while a clock was fast."""
-        gone, = db.execute("select max(value) from state where name like 'expired%' or name like 'early%'").fetchone()
         sums, expected = (sums_per_day(db, app_id, days, table, "crashes") for table in ("group_days", "crash_days"))
-        if (gone or 0) >= first_seq(days[0] * DAY - MAX_SKEW) or sums != expected:
+        if last_deleted_seq(db) >= first_seq(days[0] * DAY - MAX_SKEW) or sums != expected:
             return None
         return " ".join(group["group_hash"] for group in Groups.most_frequent(db, app_id, days, limit))
 
@@ -5575,9 +5567,9 @@ class Metrics(PublicMetrics):
     def group(self, group_hash: str, app: str | None = None, limit: int = GROUP_REPORTS,
               cursor: str | None = None) -> JsonObject:
         """A group with its spread, its history, and its crashes, the latest first. Raises Refusal if it is unknown."""
-        at, report_id = _parse_cursor(cursor, "([0-9]{1,18})-([0-7][0-9a-f]{15})", (MAX_NUMBER, "0"))
+        at, id = _parse_cursor(cursor, "([0-9]{1,18})-([0-7][0-9a-f]{15})", (MAX_NUMBER, "0"))
         with self._snapshot(app) as (db, app_id):
-            parameters = {"app": app_id, "group": group_hash, "at": int(at), "seq": int(report_id, 16),
+            parameters = {"app": app_id, "group": group_hash, "at": int(at), "seq": int(id, 16),
                           "limit": limit + 1}
             summary = self._summary(db, app_id, group_hash)
             if not summary or not summary["count"] and summary["changed_at"] is None:
@@ -5606,7 +5598,7 @@ class Metrics(PublicMetrics):
         regressed then, and `new_count` counts all of these. `first` has those with the highest score: the devices that
         crashed in the app's newest release, halved for each day since the last crash. A group of two apps is listed
         twice. A group without a stored crash or decision has no page, so it is left out."""
-        week = self._last_days(WEEK)
+        week = self._last_days(WEEK_DAYS)
         since = week[0] * DAY
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "first": week[0], "last": week[-1], "since": since - MAX_SKEW}
@@ -5674,7 +5666,7 @@ class Metrics(PublicMetrics):
         """The first build that may have the fix of a group: the newest of the app or, if the group has crashed in that
         one, the next. "" if no version of the app is known."""
         with self._snapshot(app) as (db, app_id):
-            version = Releases.newest(db, app_id, self._last_days(WEEK)).get(app_id or 0, "")
+            version = Releases.newest(db, app_id, self._last_days(WEEK_DAYS)).get(app_id or 0, "")
             build = max((number for number, in db.execute("""
                 select build_number from builds where app_id = ? and app_version = ? order by first_seen desc limit 100
                 """, (app_id, version))), key=version_key, default="")
@@ -5691,7 +5683,7 @@ class Metrics(PublicMetrics):
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, **_version_filter(version), "first": shown_days[0], "last": shown_days[-1],
                           "since": shown_days[0] * DAY - MAX_SKEW}
-            return {"labels": [iso_time(day * DAY)[:10] for day in shown_days], "groups": {
+            return {"labels": list(map(iso_day, shown_days)), "groups": {
                 group_hash: self._days_of_group(db, {**parameters, "group": group_hash}, shown_days)
                 for group_hash in groups}}
 
@@ -5952,7 +5944,7 @@ def _idempotency(environ: Environ, signature: bytes, body: bytes) -> Idempotency
     """The digests that identify a repeated request: of its Idempotency-Key or its signature; either is enough."""
     key = _header(environ, "IDEMPOTENCY_KEY")
     if not key and not signature:
-        return NOT_REPEATABLE
+        return UNMARKED
     path, marks = environ["PATH_INFO"].encode("latin-1", "replace"), [b"key:" + key] if key else []
     if signature:
         marks.append(b"signature:" + path + b":" + signature)
@@ -6019,7 +6011,7 @@ class RateLimitedRequests:
 
     def today(self, app: str | None = None) -> list[str]:
         """A warning for each app whose requests were refused today, or only for `app`."""
-        return [f"The rate limit refused {count:,} request{'s' * (count > 1)} of {name} today."
+        return [f"The rate limit refused {plural(count, 'request')} of {name} today."
                 for name, count in sorted(self.by_app(self._store.now // DAY).items()) if name and app in (None, name)]
 
 
@@ -6183,7 +6175,7 @@ def _retention_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
     """Tiles with the share of devices that came back 1, 7 and 30 days after the day on which they were first seen."""
     cohorts = metrics.retention(app, 60)
     for days in Devices.BACK.values():
-        rates, name = cohorts[f"day_{days}"], f"Back after {days} day{'s' if days > 1 else ''}"
+        rates, name = cohorts[f"day_{days}"], f"Back after {plural(days, 'day')}"
         known = [(rate, size) for rate, size in zip(rates, cohorts["devices"]) if rate is not None]
         devices = sum(size for _, size in known)
         share = f"{sum(rate * size for rate, size in known) / devices:.0f} %" if devices else "-"
@@ -6492,7 +6484,7 @@ class Dashboard:
         return self._render(page, "Sign in", "sign_in", status, problem=problem, target=target)
 
     def _sign_in(self, page: PageRequest) -> Response:
-        if not self._store.is_admin_token(page.form.get("token", "").strip().encode()):
+        if not self._store.is_secret("admin_token", page.form.get("token", "").strip().encode()):
             return self._sign_in_page(page, "That is not the admin token.", 403)
         return self._start_session(page, page.form.get("next", ""))
 
@@ -6519,7 +6511,7 @@ class Dashboard:
     def _crashes(self, page: PageRequest) -> Response:
         filters = page.parameters("version", "text", "state", "sort", "cursor", "days")
         is_filtered = {"version", "text", "days", "state"} & page.query.keys()  # also by days=all
-        days = filters.pop("days", None if is_filtered else WEEK)
+        days = filters.pop("days", None if is_filtered else WEEK_DAYS)
         listing = self._metrics.groups(page.app, **filters, days=days, limit=LIST_ROWS)
         hashes = [group["group_hash"] for group in listing["groups"]]
         details = self._metrics.group_days(hashes, page.app, filters.get("version"))["groups"]
@@ -6584,7 +6576,7 @@ class Dashboard:
 
     def _feed(self, page: PageRequest) -> Response:
         """New and regressed groups as Atom, or a 404 without the feed's token."""
-        if not self._store.is_feed_token(page.query.get("token", "").encode("utf-8", "replace")):
+        if not self._store.is_secret("feed_token", page.query.get("token", "").encode("utf-8", "replace")):
             raise Refusal("not found")
         feed = _TEMPLATES["feed"].render(_TEMPLATE_GLOBALS, page=page, news=self._metrics.news(page.app))
         return _text_response(feed, "application/atom+xml")
@@ -7029,7 +7021,7 @@ first seen | <a href="{{link("/releases", sort="version")}}">version</a></p>
 """ + _table(
         "[key for key in keys if key.app == app.name]", ("Key", "<code>{{row.prefix}}...</code>", "main"),
         ("Created", "{{!time_html(row.created_at)}}", ""),
-        ("Last used", '{{iso(DAY * row.last_used)[:10] if row.last_used else "-"}}', ""),
+        ("Last used", '{{iso_day(row.last_used) if row.last_used else "-"}}', ""),
         ("Requests in 7 days", "{{number(row.requests)}}", "number"), ("State", """
 % if row.revoked_at:
 revoked {{!time_html(row.revoked_at)}}
@@ -7180,9 +7172,9 @@ PAGE_HEADERS = {
 
 _TEMPLATE_GLOBALS = {
     "DAY": DAY, "bar_chart": bar_chart, "build_name": build_name, "curl_line": curl_line, "details": _event_details,
-    "device_html": device_html, "group_title": _group_title, "icon": _ICON, "iso": iso_time, "number": "{:,}".format,
-    "max_frames": SHOWN_FRAMES, "pages": _NAVIGATION, "shorten": _shorten, "sparkline": sparkline, "style": STYLE,
-    "trace_rows": _trace_rows, "urlencode": urlencode}
+    "device_html": device_html, "group_title": _group_title, "icon": _ICON, "iso": iso_time, "iso_day": iso_day,
+    "max_frames": SHOWN_FRAMES, "number": "{:,}".format, "pages": _NAVIGATION, "shorten": _shorten,
+    "sparkline": sparkline, "style": STYLE, "trace_rows": _trace_rows, "urlencode": urlencode}
 
 
 # == Backfeedr =================================================================
@@ -7195,7 +7187,7 @@ _STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in H
 class Backfeedr(Closing):
     """The server as a WSGI callable, for any mount point.
 
-    `Backfeedr(db_path="crashes.db")` takes further settings from the environment, `Backfeedr(Settings(...))` does not.
+    `Backfeedr(db_path="crashes.db")` takes other settings from the environment, `Backfeedr(Settings(...))` does not.
     Raises SettingsError and StoreError. Close it, or use it as a context manager. `.store` is for keys, `.metrics`
     for questions. `clock` returns seconds since 1970. A new database gets an app and an admin token: `announce` is
     called once, with a text that shows the operator the app's key and the token. A `store` replaces the settings' file,
@@ -7211,8 +7203,7 @@ class Backfeedr(Closing):
         "/api/v1/events/batch": (lambda body, *_: parse_batch(decode_json(body)),
                                  lambda events, seqs: {"count": len(seqs), "ids": event_ids(seqs)}),
         "/api/v1/diagnostics": (parse_diagnostics, lambda reports, seqs: {
-            "count": len(seqs), "ids": [crash_id(seq) if type(report) is Crash else event_ids([seq])[0]
-                                        for report, seq in zip(reports, seqs)],
+            "count": len(seqs), "ids": list(map(report_id, map(type, reports), seqs)),
             "group_hashes": [getattr(report, "group_hash", None) for report in reports]})}
 
     def __init__(self, settings: Settings | None = None, *, clock: Callable[[], float] = time.time,
@@ -7323,7 +7314,7 @@ class Backfeedr(Closing):
         scheme, _, token = _header(environ, "AUTHORIZATION").partition(b" ")
         if scheme.lower() != b"bearer" or not token.strip():
             raise Refusal("missing admin token")
-        if not self.store.is_admin_token(token.strip()):
+        if not self.store.is_secret("admin_token", token.strip()):
             raise Refusal("invalid admin token")
 
     def _admin_body(self, environ: Environ) -> bytes:
@@ -7467,7 +7458,7 @@ class Backfeedr(Closing):
         key_hash = sha256(key)
         if not key:
             raise Refusal("missing API key")
-        if not self.store.is_known_key(key_hash):
+        if not (self.store.is_cached_key(key_hash) or self.store.is_active_key(key_hash)):
             raise Refusal("invalid API key")
         submission.key_hash = key_hash
         if not self._limiter.allow(key_hash):  # may ask another host, so it stays outside the lock
@@ -7643,7 +7634,7 @@ class _Channel(HTTPChannel):
     __repr__ = object.__repr__  # that of waitress has the client's address, and is logged with errors
     request_began = last_activity = 0.0
     is_refused = False  # waitress has refused a request, perhaps before all of its body was here
-    # waitress sets these: whether the last answer is made, and the request that is still arriving.
+    # waitress sets these: whether to close after the answers that are made, and the request that is still arriving.
     close_when_flushed, request = False, None
 
     def __init__(self, *args: Any, **options: Any):
@@ -7882,8 +7873,8 @@ def csv_writer(out: TextIO, kind: Any) -> Callable[[StoredReport], Any]:
 
 
 def _exported(stored: StoredReport) -> JsonObject:
-    report_id = crash_id(stored.seq) if type(stored.report) is Crash else event_ids([stored.seq])[0]
-    return as_sent({"id": report_id, **stored._asdict(), "report": None, **stored.report._asdict()})
+    id = report_id(type(stored.report), stored.seq)
+    return as_sent({"id": id, **stored._asdict(), "report": None, **stored.report._asdict()})
 
 
 # How a formula begins. Spreadsheets skip control characters, and read full-width signs like the others.
@@ -7907,14 +7898,14 @@ def _parse_exported(line: bytes) -> StoredReport:
     for name, kind in _ADDED_FIELDS.items():
         if type(values.get(name)) is not kind:
             raise Refusal(f"{'missing' if values.get(name) is None else 'invalid'} {name}")
-    app, report_id, is_test, received, ahead_ms, extra = map(values.pop, _ADDED_FIELDS)
+    app, id, is_test, received, ahead_ms, extra = map(values.pop, _ADDED_FIELDS)
     if not 0 <= ahead_ms < 10_000 * 366 * DAY:  # longer than all the years that a time can have
         raise Refusal("invalid clock_ahead_ms")
     try:
         received_at = parse_time(received)
     except ValueError:
         raise Refusal("invalid received_at") from None
-    match = re.fullmatch("(evt_)?([0-7][0-9a-f]{15})", report_id)
+    match = re.fullmatch("(evt_)?([0-7][0-9a-f]{15})", id)
     # A seq is never before its time of receipt, and after it only if the server's clock was set back: perhaps by years.
     if not match or not first_seq(received_at) <= int(match[2], 16) < first_seq(received_at + 3650 * DAY):
         raise Refusal("invalid id")
@@ -7999,8 +7990,7 @@ def _check_roll_ups(path: Path) -> str:
             return "not compared before the upgrade"
         db.executescript(FIGURE_TABLES)
         db.execute("begin")
-        expired, = db.execute("""
-            select coalesce(max(value), 0) from state where name like 'expired%' or name like 'early%'""").fetchone()
+        expired = last_deleted_seq(db)
         recount(db)
         wrong_tables = _wrong_tables(db, expired)
     if wrong_tables:
@@ -8294,8 +8284,7 @@ class Commands:
 
 
 def _report_counts(rows: Counter[str]) -> str:
-    crashes, events = rows["crashes"], rows["events"]
-    return f"{crashes:,} crash{'es' * (crashes != 1)} and {events:,} event{'s' * (events != 1)}"
+    return f"{plural(rows['crashes'], 'crash', 'es')} and {plural(rows['events'], 'event')}"
 
 
 def _run_checks(overrides: dict[str, Any]) -> int:

@@ -352,10 +352,10 @@ class PostgresStore(backfeedr.Store):
         self._readers.close()
 
     def _connect(self, query_only: bool = False) -> Connection:  # type: ignore[override]
-        self._check_file()
+        self._require_same_file()
         return Connection.connect(self.path, read_only=query_only)
 
-    def _check_file(self) -> None:
+    def _require_same_file(self) -> None:
         if self._closed:
             raise psycopg.OperationalError("the store is closed")
 
@@ -363,7 +363,7 @@ class PostgresStore(backfeedr.Store):
     def reading(self) -> Iterator[Any]:
         """A connection that cannot write."""
         try:
-            self._check_file()
+            self._require_same_file()
             with self._readers.here.connection() as db:
                 yield db
         except psycopg.Error as error:
