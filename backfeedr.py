@@ -13,7 +13,8 @@ The whole server is this file. Copy it to a machine with Python 3.9 or later, in
 
 It is also a WSGI callable: `Backfeedr(db_path="crashes.db")` can be mounted in any app.
 
-The sections. Each uses only those above it, except that Dashboard uses Templates:
+The sections. Each uses only those above it, except that Figures uses the list of all tables in Roll-ups, and Dashboard
+uses Templates:
 
     Settings        what an operator can configure
     Schema          the tables for apps, keys, reports, triage and alerts
@@ -26,7 +27,11 @@ The sections. Each uses only those above it, except that Dashboard uses Template
     Symbols         functions, files and lines for the addresses in a build
     Statements      one statement for many rows
     Verdict         whether a release is worse than the one before
-    Figures         what is counted: the tables, the counting and the queries of each figure
+    Figures         what each figure is made of: reports as they are counted, tables of sums, rows that are merged
+    Crash figures   crashes, their types and device models, groups
+    Release figures releases and sessions
+    Device figures  active devices, those that come back, events by name
+    Roll-ups        all figures in one transaction, and the limits of new names
     Triage          the state of each group, and the facts that alerts send
     Connection      a connection to SQLite
     Migrations      tables of older versions
@@ -1920,7 +1925,7 @@ def _percentages(*shares: float) -> list[str]:
 # describes the reports that are kept. The command `check` counts nearly everything again.
 
 ALL_DAYS = -1_000_000  # the `day` of a label's sum over all days
-WEEK_DAYS = 7               # days of the overview, ending today
+WEEK_DAYS = 7          # days of the overview, ending today
 DURATION_DAYS = 400    # days for which durations are kept: a year, and some more
 DEVICE_DAYS = 400      # a report that occurred more days than this before its receipt makes no device active
 HOURS_KEPT = 48        # hours for which device_hours are kept
@@ -2111,76 +2116,55 @@ def _by_key_query(table: str) -> str:
     return f"select {table}.* from (values *) as keys cross join {table} on {condition}"
 
 
-Name = tuple[int, str, str]  # app_id, field, name
+def upsert(db: Any, table: str, rows: Sequence[Row], changes: str) -> None:
+    """Inserts whole rows, or makes these changes to rows whose keys exist already."""
+    if rows:
+        write_rows(db, _upsert_statement(table, changes), rows)
 
 
-class NewNames:
-    """Decides which new names are counted by themselves, because anyone who has a key can invent names without end."""
+@lru_cache(maxsize=CACHED_STATEMENTS)
+def _upsert_statement(table: str, changes: str) -> str:
+    return f"insert into {table} values * on conflict ({', '.join(PRIMARY_KEYS[table])}) do update set {changes}"
 
-    TABLES = """
-create table new_names (                   -- how many were new on a UTC day
-    app_id integer not null, day integer not null, field text not null, names integer not null,
-    primary key (app_id, day, field)) without rowid;
-"""
-    FIELDS = {kind: {name: columns_getter(kind, name) for name in names} for kind, names in (
-        (Crash, ("group_hash", "exception_type", "device_model", "app_version")), (Event, ("app_version", "name")))}
 
-    def __init__(self, db: Any, known: set[Row]):
-        self._db, self._known = db, known
-        self.accepted: set[Name] = set()  # the new names of this transaction that are counted by themselves
+@cache
+def _replacements(columns: Sequence[str]) -> str:
+    """The changes that give new values to these columns."""
+    return ", ".join(f"{name} = excluded.{name}" for name in columns)
 
-    def limit(self, app_id: int, received: Sequence[int], reports: Sequence[Any]) -> tuple[Sequence[int], Reports]:
-        """Accepts or refuses new names. Returns the column `other`, and the reports: a crash whose group is refused is
-        in the group `(other)`."""
-        fields = self.FIELDS[type(reports[0])]
-        days: dict[Name, int] = {}  # the day on which each unknown name was first received
-        for column, value_of in fields.items():
-            names = set(map(value_of, reports))
-            unknown = {name for name in names if name and (app_id, column, name) not in self._known}
-            for report, at in zip(reports, received) if unknown else ():  # mostly none is unknown
-                # The names of events that start or end a session are not counted.
-                if (name := value_of(report)) in unknown and not (column == "name" and report.type in SESSION_TYPES):
-                    days.setdefault((app_id, column, name), at // DAY)
-        refused = self._refused(days) if days else set()
-        if not refused:
-            return [0] * len(reports), reports
-        flags, limited = [], []
-        for report in reports:
-            others = [field for field in fields if (app_id, field, getattr(report, field)) in refused]
-            flags.append(sum(OTHER_FLAGS.get(field, 0) for field in others))
-            limited.append(report._replace(group_hash=OTHER) if "group_hash" in others else report)
-        return flags, limited
 
-    def _refused(self, days: Mapping[Name, int]) -> set[Name]:
-        """Accepts new names up to the limits of their days; returns those that are refused."""
-        unknown = set(rows_of(self._db, f"""
-            select column1, column2, column3 from (values *) as keys
-            where not case column2
-                when 'group_hash' then exists (select 1 from groups where app_id = column1 and group_hash = column3)
-                when 'app_version' then exists (select 1 from builds where app_id = column1 and app_version = column3)
-                when 'name' then exists (select 1 from event_names where app_id = column1 and name = column3)
-                else exists (select 1 from labels
-                    where app_id = column1 and field = column2 and day = {ALL_DAYS} and label = column3) end
-            """, list(days.keys() - self.accepted)))
-        self._known.update(days.keys() - unknown - self.accepted)  # not these: an old event leaves no row of its name
-        new: dict[Row, list[Name]] = defaultdict(list)  # by app_id, day and field, in the order of receipt
-        for name, day in days.items():
-            if name in unknown:
-                new[name[0], day, name[1]].append(name)
-        for key, names in new.items():
-            used, = self._db.execute("""
-                select coalesce(sum(names), 0) from new_names where app_id = ? and day = ? and field = ?
-                """, key).fetchone()
-            room = MAX_NEW_NAMES[key[2]] - used
-            if key[2] == "app_version":
-                releases, = self._db.execute("select count(distinct app_version) from builds where app_id = ?",
-                                             key[:1]).fetchone()
-                room = min(room, MAX_RELEASES - releases)
-            if accepted := names[:max(0, room)]:
-                upsert(self._db, "new_names", [(*key, len(accepted))], "names = new_names.names + excluded.names")
-                self.accepted.update(accepted)
-        return unknown - self.accepted
+def delete_rows(db: Any, table: str, keys: Iterable[Row], condition: str = "true", *parameters: Any) -> None:
+    """Deletes the rows with these keys that meet a condition, one by one: `(key) in (...)` would scan all of an app."""
+    rows = [(*key, *parameters) for key in keys]
+    if rows:  # few commits have any
+        tests = " and ".join([*(f"{column} = ?" for column in PRIMARY_KEYS[table]), condition])
+        db.executemany(f"delete from {table} where {tests}", rows)
 
+
+def labels_and_counts(rows: Iterable[tuple[str, int]]) -> JsonObject:
+    """Labels and their counts, in the form of an answer."""
+    pairs = list(rows_that_fit(rows))
+    return {"labels": [label for label, _ in pairs], "data": [count for _, count in pairs]}
+
+
+def rows_that_fit(rows: Iterable[Any]) -> Iterator[Any]:
+    """As many of the first rows as fit in MAX_ANSWER."""
+    size = 0
+    for row in rows:
+        size += len(to_ascii_json(row))
+        if size > MAX_ANSWER:
+            return
+        yield row
+
+
+@lru_cache(maxsize=4096)
+def device_key(device_id_hash: str | None) -> int:
+    """The number by which figures know a device: 63 bits of the SHA-256 of its id. 0 is no device."""
+    return int.from_bytes(sha256(device_id_hash)[:8], "big") >> 1 if device_id_hash else 0
+
+
+# == Crash figures =============================================================
+# How many crashes there were, of which type and on which device model, and in which groups.
 
 class Crashes(Figure):
     """Crashes per UTC day; exception types and device models of the crashes that are kept, per day and in total."""
@@ -2353,6 +2337,9 @@ create table groups (
                 limit 1)
             order by count desc, top.group_hash""", {"app": app, "first": days[0], "last": days[-1], "limit": limit})
 
+
+# == Release figures ===========================================================
+# When releases were seen, how they compare with the previous one, and how often and how long the app is used.
 
 class Releases(Figure):
     """When each build and release was seen; the sessions, crashes and devices of each release, and its sessions per UTC
@@ -2612,6 +2599,9 @@ create table medians (                     -- of the durations of a day that is 
                                  for ms, ended in zip(sums["session_ms"], sums["ended"])]}
 
 
+# == Device figures ============================================================
+# Which devices use the app, whether they come back, and what events they send.
+
 class SeenDevice(NamedTuple):
     """What is known of a device of an app."""
 
@@ -2813,12 +2803,6 @@ create table device_versions (
             """, {"app": app, "since": (now - DAY) // HOUR}).fetchone()[0])
 
 
-@lru_cache(maxsize=4096)
-def device_key(device_id_hash: str | None) -> int:
-    """The number by which figures know a device: 63 bits of the SHA-256 of its id. 0 is no device."""
-    return int.from_bytes(sha256(device_id_hash)[:8], "big") >> 1 if device_id_hash else 0
-
-
 class EventNames(Figure):
     """Events by name, type and UTC day, without those that start or end a session. The name "" means none."""
 
@@ -2852,6 +2836,80 @@ class EventNames(Figure):
                 group by day""", {**parameters, **event}))
             event["days"] = [counts.get(day, 0) for day in days]
         return {"events": events}
+
+
+# == Roll-ups ==================================================================
+# All figures together: their tables, which new names they count, and how a transaction changes them.
+
+Name = tuple[int, str, str]  # app_id, field, name
+
+
+class NewNames:
+    """Decides which new names are counted by themselves, because anyone who has a key can invent names without end."""
+
+    TABLES = """
+create table new_names (                   -- how many were new on a UTC day
+    app_id integer not null, day integer not null, field text not null, names integer not null,
+    primary key (app_id, day, field)) without rowid;
+"""
+    FIELDS = {kind: {name: columns_getter(kind, name) for name in names} for kind, names in (
+        (Crash, ("group_hash", "exception_type", "device_model", "app_version")), (Event, ("app_version", "name")))}
+
+    def __init__(self, db: Any, known: set[Row]):
+        self._db, self._known = db, known
+        self.accepted: set[Name] = set()  # the new names of this transaction that are counted by themselves
+
+    def limit(self, app_id: int, received: Sequence[int], reports: Sequence[Any]) -> tuple[Sequence[int], Reports]:
+        """Accepts or refuses new names. Returns the column `other`, and the reports: a crash whose group is refused is
+        in the group `(other)`."""
+        fields = self.FIELDS[type(reports[0])]
+        days: dict[Name, int] = {}  # the day on which each unknown name was first received
+        for column, value_of in fields.items():
+            names = set(map(value_of, reports))
+            unknown = {name for name in names if name and (app_id, column, name) not in self._known}
+            for report, at in zip(reports, received) if unknown else ():  # mostly none is unknown
+                # The names of events that start or end a session are not counted.
+                if (name := value_of(report)) in unknown and not (column == "name" and report.type in SESSION_TYPES):
+                    days.setdefault((app_id, column, name), at // DAY)
+        refused = self._refused(days) if days else set()
+        if not refused:
+            return [0] * len(reports), reports
+        flags, limited = [], []
+        for report in reports:
+            others = [field for field in fields if (app_id, field, getattr(report, field)) in refused]
+            flags.append(sum(OTHER_FLAGS.get(field, 0) for field in others))
+            limited.append(report._replace(group_hash=OTHER) if "group_hash" in others else report)
+        return flags, limited
+
+    def _refused(self, days: Mapping[Name, int]) -> set[Name]:
+        """Accepts new names up to the limits of their days; returns those that are refused."""
+        unknown = set(rows_of(self._db, f"""
+            select column1, column2, column3 from (values *) as keys
+            where not case column2
+                when 'group_hash' then exists (select 1 from groups where app_id = column1 and group_hash = column3)
+                when 'app_version' then exists (select 1 from builds where app_id = column1 and app_version = column3)
+                when 'name' then exists (select 1 from event_names where app_id = column1 and name = column3)
+                else exists (select 1 from labels
+                    where app_id = column1 and field = column2 and day = {ALL_DAYS} and label = column3) end
+            """, list(days.keys() - self.accepted)))
+        self._known.update(days.keys() - unknown - self.accepted)  # not these: an old event leaves no row of its name
+        new: dict[Row, list[Name]] = defaultdict(list)  # by app_id, day and field, in the order of receipt
+        for name, day in days.items():
+            if name in unknown:
+                new[name[0], day, name[1]].append(name)
+        for key, names in new.items():
+            used, = self._db.execute("""
+                select coalesce(sum(names), 0) from new_names where app_id = ? and day = ? and field = ?
+                """, key).fetchone()
+            room = MAX_NEW_NAMES[key[2]] - used
+            if key[2] == "app_version":
+                releases, = self._db.execute("select count(distinct app_version) from builds where app_id = ?",
+                                             key[:1]).fetchone()
+                room = min(room, MAX_RELEASES - releases)
+            if accepted := names[:max(0, room)]:
+                upsert(self._db, "new_names", [(*key, len(accepted))], "names = new_names.names + excluded.names")
+                self.accepted.update(accepted)
+        return unknown - self.accepted
 
 
 FIGURES: tuple[type[Figure], ...] = (Crashes, Groups, Releases, Sessions, Devices, EventNames)
@@ -2948,51 +3006,10 @@ class RollUps:
         return len(keys)
 
 
-def labels_and_counts(rows: Iterable[tuple[str, int]]) -> JsonObject:
-    """Labels and their counts, in the form of an answer."""
-    pairs = list(rows_that_fit(rows))
-    return {"labels": [label for label, _ in pairs], "data": [count for _, count in pairs]}
-
-
-def rows_that_fit(rows: Iterable[Any]) -> Iterator[Any]:
-    """As many of the first rows as fit in MAX_ANSWER."""
-    size = 0
-    for row in rows:
-        size += len(to_ascii_json(row))
-        if size > MAX_ANSWER:
-            return
-        yield row
-
-
-def upsert(db: Any, table: str, rows: Sequence[Row], changes: str) -> None:
-    """Inserts whole rows, or makes these changes to rows whose keys exist already."""
-    if rows:
-        write_rows(db, _upsert_statement(table, changes), rows)
-
-
-@lru_cache(maxsize=CACHED_STATEMENTS)
-def _upsert_statement(table: str, changes: str) -> str:
-    return f"insert into {table} values * on conflict ({', '.join(PRIMARY_KEYS[table])}) do update set {changes}"
-
-
 @cache
 def _additions(table: str) -> str:
     """The changes that add to the sums of a row."""
     return ", ".join(f"{name} = {table}.{name} + excluded.{name}" for name in SUMS[table].columns)
-
-
-@cache
-def _replacements(columns: Sequence[str]) -> str:
-    """The changes that give new values to these columns."""
-    return ", ".join(f"{name} = excluded.{name}" for name in columns)
-
-
-def delete_rows(db: Any, table: str, keys: Iterable[Row], condition: str = "true", *parameters: Any) -> None:
-    """Deletes the rows with these keys that meet a condition, one by one: `(key) in (...)` would scan all of an app."""
-    rows = [(*key, *parameters) for key in keys]
-    if rows:  # few commits have any
-        tests = " and ".join([*(f"{column} = ?" for column in PRIMARY_KEYS[table]), condition])
-        db.executemany(f"delete from {table} where {tests}", rows)
 
 
 # == Triage ====================================================================
