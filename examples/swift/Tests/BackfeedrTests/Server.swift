@@ -102,8 +102,14 @@ final class Server: @unchecked Sendable {
     }
 }
 
+/// The folder of all tests. It is removed when they end.
+private let folderOfTests: URL = {
+    atexit { try? FileManager.default.removeItem(at: folderOfTests) }
+    return FileManager.default.temporaryDirectory.appendingPathComponent("backfeedr-\(UUID())")
+}()
+
 func temporaryFolder() -> URL {
-    let folder = FileManager.default.temporaryDirectory.appendingPathComponent("backfeedr-\(UUID())")
+    let folder = folderOfTests.appendingPathComponent("\(UUID())")
     try? FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)
     return folder
 }
