@@ -270,7 +270,7 @@ class Bench:
                                   for name in parts[0]})
         load.rate = load.created / load.seconds
         self.errors += load.errors
-        self.enter(db, scenario, load.created, load.errors + (connections if self.uses_wrk else 0))
+        self.enter(db, scenario, load.created, load.errors + (share * len(urls) if self.uses_wrk else 0))
         time.sleep(0.2)  # for the answers that wrk does not wait for
         return load, returned
 
@@ -319,8 +319,8 @@ class Bench:
 
 TARGETS = [*((f"crash, {n} connections: requests/s", "bare", 0.75, inf) for n in (16, 64)),
            *((f"batch of 100, {n} connections: requests/s", "raw", 0.55, inf) for n in (16, 64)),
-           ("crash, 64 connections to 16", "value", 0.85, inf), ("MB of memory at rest", "value", 0, 60),
-           ("MB of memory at most", "value", 0, 100), ("bytes on disk an event", "value", 0, 150)]
+           ("crash, 64 connections to 16", "value", 0.85, inf), ("MB of memory at rest", "value", 0, 42),
+           ("MB of memory at most", "value", 0, 78), ("bytes on disk an event", "value", 0, 150)]
 
 
 def ingest(bench: Bench, arguments: argparse.Namespace) -> None:
