@@ -13,7 +13,7 @@ The whole server is this file. Copy it to a machine with Python 3.9 or later, in
 
 It is also a WSGI callable: `Backfeedr(db_path="crashes.db")` can be mounted in any app.
 
-The sections. Each uses only those above it, except that Figures uses the list of all tables in Roll-ups, and Dashboard
+The sections. Each uses only those above it, except that Figures uses the tables and keys in Roll-ups, and Dashboard
 uses Templates:
 
     Settings        what an operator can configure
@@ -60,7 +60,7 @@ To make a change, edit:
     add an endpoint             Backfeedr._routes, a query in PublicMetrics or Metrics; a handler if it is no GET
     add a field to a report     REPORT_TABLES, _ADDED_COLUMNS and SCHEMA_VERSION; Crash or Event, perhaps _CONVERTERS
     add a figure                a class in FIGURES, its fields at the end of COUNTED; a PublicMetrics query and a route;
-                                SCHEMA_VERSION, and in migrate a count of the stored reports unless it counts all;
+                                SCHEMA_VERSION, and where migrate does not count all again, a count of the stored ones;
                                 for text that clients make up, MAX_NEW_NAMES, OTHER_FLAGS and NewNames
     add a page                  Dashboard.routes, a method there, a row of _TEMPLATES, and of _NAVIGATION for the menu
     add a command               a method do_... of Commands, and a row of _COMMANDS
@@ -80,6 +80,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import marshal
 import math
 import os
 import re
@@ -106,7 +107,7 @@ from functools import cache, cached_property, lru_cache, partial
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from importlib.machinery import SourceFileLoader
-from importlib.util import cache_from_source
+from importlib.util import MAGIC_NUMBER, cache_from_source
 from itertools import accumulate, chain, compress, groupby, islice, repeat, tee
 from operator import add, attrgetter, floordiv, itemgetter, lt, rshift, sub
 from pathlib import Path
@@ -222,7 +223,7 @@ def _from_text(text: str, kind: type) -> Any:
 
 # == Schema ====================================================================
 # One SQLite file that its owner can open with any tool. Each report is a row whose columns are named like the fields of
-# the API. Times are milliseconds since 1970 UTC. The tables of the figures are in the section Figures.
+# the API. Times are milliseconds since 1970 UTC. The tables of the figures are in their own sections.
 #
 # `seq` is the time of receipt in milliseconds * 2^20 + a counter. The id of a report is its seq in hexadecimal, so it
 # takes no space and needs no index. Seqs ascend, so inserts append and retention deletes at the front. After the
@@ -311,7 +312,7 @@ create table channels (
 create table messages (                    -- those that wait, and those of the last hour; id is the webhook-id
     id text primary key, channel_id integer not null, created_at integer not null, body text not null,  -- JSON
     tries integer not null default 0, taken_until integer not null default 0,  -- no other process sends it before
-    due_at integer                         -- null: it was sent, or has failed; taken_until: only this one was refused
+    due_at integer                         -- null: sent, or given up; taken_until: only this one was refused
 ) without rowid;
 create index messages_by_time on messages (channel_id, created_at);
 """
@@ -2271,7 +2272,7 @@ create table groups (
                 *self._shown(key[1], latest), len(crashes), self.devices[key], came_at)
 
     def _describe_again(self, key: Row, deleted: Sequence[Any]) -> None:
-        """Describes a group again if its latest crash was deleted, now or when the next one was not searched for."""
+        """Describes a group again if its latest crash was deleted, now or earlier without a search for the next one."""
         latest = max(crash.at for crash in deleted)
         if key in self._inserted and latest <= max(crash.at for crash in self._inserted[key]):
             return  # the latest crash has only got other images, and `save` has described the group
@@ -2484,7 +2485,7 @@ class Session(NamedTuple):
 
     @property
     def duration(self) -> int | None:
-        """Milliseconds. None if start or end is unknown, or if they are over a day apart, because a clock was set."""
+        """Milliseconds. None if start or end is unknown, or if the end is before the start or a day after it."""
         length = (self.ended_at or 0) - (self.started_at or 0)
         return length if self.started_at and self.ended_at and 0 <= length <= DAY else None
 
@@ -3193,7 +3194,7 @@ def _is_regression(db: Any, decision: Decision, crash: Any) -> bool:
 
 
 def _find_reopening(db: Any, now: int, decision: Decision, crashes: list[Any], devices: int) -> tuple[str, Any] | None:
-    """Why a group reopens, "regressed" or "unmuted", and the crash that did it; or None. `devices` are new to it."""
+    """Why a group reopens, "regressed" or "unmuted", and the crash that did it; or None. `devices` of them are new."""
     if decision.state == "resolved":  # one crash of each build before the decision, and one after it, are enough
         first_of_build = {(crash.app_version, crash.build_number, crash.at > decision.changed_at): crash
                           for crash in reversed(crashes)}
@@ -4117,7 +4118,7 @@ REPORT_BYTES = 4096  # more than most reports take, with their index entries
 
 
 class Deletion(Apps):
-    """Apps, and what deletes their reports. A step returns counts, which are empty if nothing was left to do."""
+    """Apps, and what deletes their reports. A step of upkeep returns counts; none if nothing was left to do."""
 
     _largest_app = (0, 0)  # when the largest app was looked up, and its id
     _early_seq = -1  # the largest app has no reports up to this one, but other apps may have many
@@ -4222,7 +4223,8 @@ class Deletion(Apps):
             return int(db.execute(f"select coalesce(max(seq), -1) from {TABLES[kind]}").fetchone()[0])
 
     def forget_device(self, device_id_hash: str) -> Counter[str]:
-        """Deletes everything about a device from all apps and figures. `first_seen` of groups and releases stays."""
+        """Deletes everything about a device from all apps and figures; returns how many rows, by table. `first_seen` of
+        groups and releases stays."""
         deleted: Counter[str] = Counter()
         last = {kind: self._last_seq(kind) for kind in TABLES}
         for kind, table in TABLES.items():
@@ -7361,6 +7363,7 @@ class Backfeedr(Closing):
 
     def _bottle_error(self, error: bottle.HTTPError) -> bottle.HTTPResponse:
         """Answers what bottle itself refuses: as a page for a browser outside the API, else as JSON."""
+        error.__traceback__ = error.__context__ = None  # bottle's frame keeps the error: a cycle that keeps the request
         environ, refusal = bottle.request.environ, _as_refusal(error.status_code)
         if "text/html" in environ.get("HTTP_ACCEPT", "") and not environ["PATH_INFO"].startswith("/api/"):
             answer: bottle.HTTPResponse = self.pages.error_page(self.pages.request(environ), refusal)
@@ -7725,7 +7728,7 @@ class _Dispatcher(ThreadedTaskDispatcher):
         self.app, self.is_stopped = app, False
         self.waiting: SimpleQueue[_Channel] = SimpleQueue()  # those with a report
         self.gathering = threading.Lock()  # held while a thread gathers them, or is about to
-        self.turn = threading.Lock()  # wakes one thread when it is released. Threads that wait for a queue wake others
+        self.turn = threading.Lock()  # wakes one thread when it is released; a queue would wake one more each time
         self.turn.acquire()
         self.commit_threads = [threading.Thread(target=self.store_all, daemon=True) for _ in range(COMMIT_THREADS)]
         for thread in self.commit_threads:
@@ -7742,8 +7745,8 @@ class _Dispatcher(ThreadedTaskDispatcher):
             self.wake_thread()
 
     def wake_thread(self) -> None:
-        """Wakes a thread if reports wait and no thread gathers them."""
-        if not self.waiting.empty() and self.gathering.acquire(blocking=False):
+        """Wakes a thread if reports wait, or if it shall end, and no thread gathers."""
+        if (self.is_stopped or not self.waiting.empty()) and self.gathering.acquire(blocking=False):
             self.turn.release()
 
     def store_all(self) -> None:
@@ -7754,8 +7757,9 @@ class _Dispatcher(ThreadedTaskDispatcher):
     def store_gathered(self) -> None:
         """Takes requests that wait, stores their reports, and answers each."""
         channels: list[_Channel] = []
-        with closing(self.gather(channels)) as environs:  # closing frees the lock, even after an error
-            self.log_errors(self.app.submit_all, environs)
+        environs = self.gather(channels)
+        self.log_errors(self.app.submit_all, environs)
+        self.log_errors(list, environs)  # frees the lock; after an error, each of the others is then stored alone
         for channel in channels:
             self.log_errors(channel.service)
 
@@ -7790,8 +7794,7 @@ class _Dispatcher(ThreadedTaskDispatcher):
 
     def shutdown(self, *arguments: Any, **options: Any) -> Any:
         self.is_stopped = True
-        if self.gathering.acquire(timeout=1) and self.turn.locked():  # it is not after another shutdown
-            self.turn.release()
+        self.wake_thread()
         for thread in self.commit_threads:
             thread.join(timeout=1)
         return super().shutdown(*arguments, **options)
@@ -8120,22 +8123,26 @@ def _run(options: argparse.Namespace, make: Callable[..., Backfeedr], open_store
 
 
 def _restart_compiled() -> None:
-    """Replaces this process, if it runs a script, with one that runs the compiled module: Python keeps the syntax tree
-    of a script until it ends, 22 MB. Does nothing if Python cannot store a compiled module, or is older than 3.10."""
-    loader, is_script = globals().get("__loader__"), __name__ == "__main__" and globals().get("__spec__") is None
-    can_restart = hasattr(sys, "orig_argv") and not sys.flags.ignore_environment
-    if not (is_script and isinstance(loader, SourceFileLoader) and can_restart):
+    """Replaces this process, if it runs the script, with one that runs the same code as a compiled module: Python keeps
+    the syntax tree of a script until it ends, 22 MB. Does nothing if Python cannot store a compiled module beside the
+    script, if it was told to ignore the environment, or if it is older than 3.10."""
+    frame, loader, path = sys._getframe(), globals().get("__loader__"), os.pathsep.join(sys.path)
+    while frame.f_back:
+        frame = frame.f_back
+    if not isinstance(loader, SourceFileLoader) or not hasattr(sys, "orig_argv"):
         return
-    compiled = Path(cache_from_source(loader.path))
+    is_script = frame.f_globals is globals() and loader.path == __file__ and __file__.endswith(".py")  # not a profiler
+    keeps_path = not sys.flags.ignore_environment and path.split(os.pathsep) == sys.path
+    if not is_script or not keeps_path or sys.dont_write_bytecode:
+        return
     with suppress(OSError):
-        compiled.parent.mkdir(parents=True, exist_ok=True)
-        if os.access(compiled.parent, os.W_OK) and not sys.dont_write_bytecode:
-            loader.get_code(__name__)  # stores the compiled module, unless it is there
-        status = os.stat(loader.path)
-        header = struct.pack("<3I", 0, int(status.st_mtime), status.st_size)  # by PEP 552, after the magic number
-        if compiled.read_bytes()[4:16] == header:  # else it is of another version
-            os.execve(sys.executable, [*sys.orig_argv[:-len(sys.argv)], str(compiled), *sys.argv[1:]],
-                      {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})  # packages may be beside the script
+        status, compiled = os.stat(__file__), cache_from_source(__file__)
+        times = struct.pack("<3I", 0, int(status.st_mtime) & 0xFFFFFFFF, status.st_size & 0xFFFFFFFF)  # by PEP 552
+        content = MAGIC_NUMBER + times + marshal.dumps(frame.f_code)  # what runs, never what was stored before
+        loader.set_data(compiled, content)  # does nothing if it cannot write
+        if Path(compiled).read_bytes() == content:
+            os.execve(sys.executable, [*sys.orig_argv[:-len(sys.argv)], compiled, *sys.argv[1:]],
+                      {**os.environ, "PYTHONPATH": path})  # packages may be beside the script
 
 
 class CommandParser(argparse.ArgumentParser):
