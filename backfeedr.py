@@ -1947,7 +1947,7 @@ SESSION_TYPES = {"session_start", "session_end"}  # of events
 TABLES: dict[type, str] = {Crash: "crashes", Event: "events"}
 # A report as the figures see it. `at` is the time at which it counts; `sent_type` is the exception type that was sent,
 # even if it counts as `(other)`.
-_COLUMNS_OF_BOTH = "seq app_id received_at at {} app_version device_id_hash session_id "  # in the same places
+_COLUMNS_OF_BOTH = "seq app_id received_at at {} app_version device_id_hash session_id "  # for _TIMES and _RUN
 COUNTED: dict[type, Any] = {
     Crash: namedtuple("CountedCrash", _COLUMNS_OF_BOTH.format("sent_type") + "build_number group_hash images"
                                       " exception_type device_model exception_reason stack_trace"),
@@ -8126,7 +8126,7 @@ def _restart_compiled() -> None:
     """Replaces this process, if it runs the script, with one that runs the same code as a compiled module: Python keeps
     the syntax tree of a script until it ends, 22 MB. Does nothing if Python cannot store a compiled module beside the
     script, if it was told to ignore the environment, or if it is older than 3.10."""
-    frame, loader, path = sys._getframe(), globals().get("__loader__"), os.pathsep.join(sys.path)
+    frame, loader, path = sys._getframe(), globals().get("__loader__"), os.pathsep.join(map(str, sys.path))
     while frame.f_back:
         frame = frame.f_back
     if not isinstance(loader, SourceFileLoader) or not hasattr(sys, "orig_argv"):
