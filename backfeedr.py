@@ -3194,7 +3194,7 @@ def _is_regression(db: Any, decision: Decision, crash: Any) -> bool:
 
 
 def _find_reopening(db: Any, now: int, decision: Decision, crashes: list[Any], devices: int) -> tuple[str, Any] | None:
-    """Why a group reopens, "regressed" or "unmuted", and the crash that did it; or None. `devices` of them are new."""
+    """Why a group reopens, "regressed" or "unmuted", and the crash that did it; or None. `devices` counts new ones."""
     if decision.state == "resolved":  # one crash of each build before the decision, and one after it, are enough
         first_of_build = {(crash.app_version, crash.build_number, crash.at > decision.changed_at): crash
                           for crash in reversed(crashes)}
@@ -7745,7 +7745,7 @@ class _Dispatcher(ThreadedTaskDispatcher):
             self.wake_thread()
 
     def wake_thread(self) -> None:
-        """Wakes a thread if reports wait, or if it shall end, and no thread gathers."""
+        """Wakes a thread if reports wait or all must end, unless one gathers: that one looks again when it is done."""
         if (self.is_stopped or not self.waiting.empty()) and self.gathering.acquire(blocking=False):
             self.turn.release()
 
