@@ -2358,12 +2358,6 @@ create view releases as
     SUMS = {"release_sums": Sums("app_version", "sessions crashed_sessions crashes devices crashed_devices"),
             "release_days": Sums("day app_version", "sessions", WEEK_DAYS)}
     COUNTS = (Crash, Event)
-    FILTERED = f"""(
-        select app_id, app_version, min(first_seen) as first_seen, max(last_seen) as last_seen from builds
-        where {APP_FILTER} group by app_id, app_version) as releases"""  # in the view, SQLite would look at all apps
-    RECENT = f"""(
-        select app_id, app_version, sum(sessions) as recent_sessions from release_days
-        where {APP_FILTER} and day between :first and :last group by app_id, app_version) as recent"""
 
     def __init__(self, rollups: RollUps):
         super().__init__(rollups)
@@ -2396,15 +2390,58 @@ create view releases as
                 row = (*key, *times) if builds < MAX_BUILDS_OF_APP else (*key[:2], "", *times)
                 upsert(self._db, "builds", [row], widen)
 
-    @staticmethod
-    def pairs(db: Any, app: int | None, wanted: Container[Row]) -> list[ReleasePair]:
+
+class SeenReleases:
+    """The releases of an app, or of all live apps if none is given, as one transaction sees them. They are read once,
+    in the order in which they came: to group their builds takes longer than any answer."""
+
+    def __init__(self, db: Any, app: int | None):
+        self._db, self._app = db, app
+        self._releases = db.execute(f"""
+            select app_id, app_version, min(first_seen) as first_seen, max(last_seen) from builds
+            where {APP_FILTER}
+            group by app_id, app_version
+            order by first_seen, app_version, app_id""", {"app": app}).fetchall()  # the view would read all apps
+
+    def _sessions(self, days: range, table: str, columns: str) -> dict[Row, int]:
+        """The sessions on these days, from a table with a row per day, by some of its columns."""
+        return {tuple(key): sessions for *key, sessions in self._db.execute(f"""
+            select {columns}, sum(sessions) from {table}
+            where {APP_FILTER} and day between :first and :last
+            group by {columns}""", {"app": self._app, "first": days[0], "last": days[-1]})}
+
+    def latest(self, days: range) -> list[JsonObject]:
+        """The latest 100 releases, with their sessions on these days, and those of their app."""
+        latest = sorted(self._releases, key=itemgetter(2), reverse=True)[:100]  # by first_seen
+        names, columns = dict(self._db.execute("select id, name from apps")), SUMS["release_sums"].columns
+        of_release = self._sessions(days, "release_days", "app_id, app_version")
+        of_app = self._sessions(days, "session_days", "app_id")
+        sums = {row[:2]: row[2:] for row in rows_of(
+            self._db, _by_key_query("release_sums"), [release[:2] for release in latest])}
+        return [{"app_id": app_id, "app": names[app_id], "app_version": version, "first_seen": first_seen,
+                 "last_seen": last_seen, **dict(zip(columns, sums.get((app_id, version), repeat(0)))),
+                 "recent_sessions": of_release.get((app_id, version), 0), "app_sessions": of_app.get((app_id,), 0)}
+                for app_id, version, first_seen, last_seen in latest]
+
+    def newest(self, days: range) -> dict[int, str]:
+        """The newest release of each app, by app_id: the last one that came. An old version that comes late is not the
+        newest, unless it has more sessions on these days: an app may begin to number its versions anew."""
+        newest: dict[int, Row] = {}  # version key, sessions, version
+        sessions_of = self._sessions(days, "release_days", "app_id, app_version")
+        for app_id, version, *_ in self._releases:
+            sessions = sessions_of.get((app_id, version), 0)
+            key, (newest_key, most_sessions, _) = version_key(version), newest.get(app_id, ((), -1, ""))
+            if version != OTHER and (key >= newest_key or sessions > most_sessions):
+                newest[app_id] = key, sessions, version
+        return {app_id: version for app_id, (_, _, version) in newest.items()}
+
+    def pairs(self, wanted: Container[Row]) -> list[ReleasePair]:
         """Each release of `wanted`, by app_id and version, with its previous one: the highest lower version that was
         seen earlier. So neither an old version that comes late nor one that is no release (99.0) hides others."""
         releases_of: dict[int, list[Row]] = defaultdict(list)  # by app_id
-        for app_id, version, first_seen in db.execute(f"""
-                select app_id, app_version, first_seen from {Releases.FILTERED} where app_version <> '{OTHER}'
-                """, {"app": app}):
-            releases_of[app_id].append((version_key(version), version, first_seen))
+        for app_id, version, first_seen, _ in self._releases:
+            if version != OTHER:
+                releases_of[app_id].append((version_key(version), version, first_seen))
         pairs = []
         for app_id, releases in releases_of.items():
             releases.sort()
@@ -2416,23 +2453,7 @@ create view releases as
                         pairs.append(ReleasePair(app_id, version, first_seen, *previous[1:]))
         return pairs
 
-    @staticmethod
-    def newest(db: Any, app: int | None, days: range) -> dict[int, str]:
-        """The newest release of each app, by app_id: the last one that came. An old version that comes late is not the
-        newest, unless it has more sessions on these days: an app may begin to number its versions anew."""
-        newest: dict[int, Row] = {}  # version key, sessions, version
-        for app_id, version, sessions in db.execute(f"""
-                select app_id, app_version, coalesce(recent_sessions, 0)
-                from {Releases.FILTERED} left join {Releases.RECENT} using (app_id, app_version)
-                where app_version <> '{OTHER}' order by first_seen, app_version
-                """, {"app": app, "first": days[0], "last": days[-1]}):
-            key, (newest_key, most_sessions, _) = version_key(version), newest.get(app_id, ((), -1, ""))
-            if key >= newest_key or sessions > most_sessions:
-                newest[app_id] = key, sessions, version
-        return {app_id: version for app_id, (_, _, version) in newest.items()}
-
-    @staticmethod
-    def health_of_pairs(db: Any, pairs: Sequence[ReleasePair], now: int) -> dict[ReleasePair, list[Health]]:
+    def health_of_pairs(self, pairs: Sequence[ReleasePair], now: int) -> dict[ReleasePair, list[Health]]:
         """The health of each release and of the previous one, at equal ages. Counts the devices that came to the newer
         one until the last full hour, and to the previous one in as many hours."""
         spans: dict[ReleasePair, tuple[Row, Row]] = {}  # app_id, app_version, first hour, hour after the last
@@ -2441,28 +2462,12 @@ create view releases as
             end_before = (pair.previous_seen + end * HOUR - pair.first_seen + HOUR // 2) // HOUR
             spans[pair] = ((pair.app_id, pair.app_version, pair.first_seen // HOUR, end),
                            (pair.app_id, pair.previous, pair.previous_seen // HOUR, end_before))
-        healths = {row[:4]: Health(*row[4:]) for row in rows_of(db, """
+        healths = {row[:4]: Health(*row[4:]) for row in rows_of(self._db, """
             select column1, column2, column3, column4, sum(devices), sum(crashed_devices) from (values *) as spans
             cross join release_hours on app_id = column1 and app_version = column2
                 and hour >= column3 and hour < column4
             group by column1, column2, column3, column4""", list({*chain.from_iterable(spans.values())}))}
         return {pair: [healths.get(span, Health(0, 0)) for span in both] for pair, both in spans.items()}
-
-    @staticmethod
-    def latest(db: Any, app: int | None, days: range) -> list[JsonObject]:
-        """The latest 100 releases, with their sessions on these days, and those of their app."""
-        return dict_rows(db, f"""
-            select latest.app_id, apps.name as app, latest.app_version,
-                {", ".join(f"coalesce({name}, 0) as {name}" for name in SUMS["release_sums"].columns)},
-                first_seen, last_seen, recent_sessions,
-                (select sum(sessions) from session_days where app_id = latest.app_id
-                    and day between :first and :last) as app_sessions
-            from (select * from {Releases.FILTERED} order by first_seen desc, app_version, app_id limit 100) as latest
-            join apps on apps.id = latest.app_id
-            left join release_sums using (app_id, app_version)
-            left join {Releases.RECENT} using (app_id, app_version)
-            order by first_seen desc, latest.app_version, latest.app_id
-            """, {"app": app, "first": days[0], "last": days[-1]})
 
 
 class Session(NamedTuple):
@@ -4844,10 +4849,11 @@ class Store(SymbolStore):
 def worse_releases(db: Connection, now: int) -> list[tuple[ReleasePair, str]]:
     """The newest release of each live app if it is certainly worse than the one before, and the text of the verdict.
     Those that were reported already are left out."""
-    newest = Releases.newest(db, None, range(now // DAY - WEEK_DAYS + 1, now // DAY + 1))
-    pairs = Releases.pairs(db, None, newest.items())
+    releases = SeenReleases(db, None)
+    newest = releases.newest(range(now // DAY - WEEK_DAYS + 1, now // DAY + 1))
+    pairs = releases.pairs(newest.items())
     return [(pair, (verdict(*healths) or {})["text"])
-            for pair, healths in Releases.health_of_pairs(db, pairs, now).items()
+            for pair, healths in releases.health_of_pairs(pairs, now).items()
             if min(healths).devices >= ENOUGH_DEVICES and newcombe_interval(healths[0], healths[1], Z_99)[1] < 0
             and get_state(db, f"worse_{pair.app_id}", 0) != pair.first_seen]
 
@@ -5370,25 +5376,26 @@ class PublicMetrics:
         if sort not in (None, "version", "first_seen"):
             raise Refusal("invalid sort")
         with self._snapshot(app) as (db, app_id):
-            rows = Releases.latest(db, app_id, self._last_days(WEEK_DAYS))
-            verdicts = self._verdicts(db, app_id, {(row["app_id"], row["app_version"]) for row in rows})
+            seen = SeenReleases(db, app_id)
+            rows = seen.latest(self._last_days(WEEK_DAYS))
+            verdicts = self._verdicts(seen, {(row["app_id"], row["app_version"]) for row in rows})
         if sort == "version":
             rows.sort(key=lambda row: version_key(row["app_version"]), reverse=True)
         releases = (_release_json(row, verdicts.get((row["app_id"], row["app_version"]))) for row in rows)
         return {"releases": list(rows_that_fit(releases))}
 
-    def _verdicts(self, db: Connection, app_id: int | None, releases: Container[Row]) -> dict[Row, JsonObject]:
-        """The verdicts of these releases by app id and version. Those without a verdict are left out."""
-        pairs = Releases.pairs(db, app_id, releases)
-        healths = Releases.health_of_pairs(db, pairs, self._store.now)
+    def _verdicts(self, seen: SeenReleases, wanted: Container[Row]) -> dict[Row, JsonObject]:
+        """The verdicts of the wanted releases by app id and version. Those without a verdict are left out."""
+        healths = seen.health_of_pairs(seen.pairs(wanted), self._store.now)
         verdicts = {pair: verdict(health, health_before) for pair, (health, health_before) in healths.items()}
         return {pair[:2]: {**found, "before": pair.previous} for pair, found in verdicts.items() if found}
 
     def newest_releases(self, app: str | None = None) -> list[JsonObject]:
         """The newest release of each app with its verdict, those that are worse than before first."""
         with self._snapshot(app) as (db, app_id):
-            newest = Releases.newest(db, app_id, self._last_days(WEEK_DAYS))
-            verdicts = self._verdicts(db, app_id, set(newest.items()))
+            seen = SeenReleases(db, app_id)
+            newest = seen.newest(self._last_days(WEEK_DAYS))
+            verdicts = self._verdicts(seen, newest.items())
             names = dict(db.execute("select id, name from apps"))
         releases = [{"app": names[id], "app_version": version, "verdict": verdicts.get((id, version))}
                     for id, version in newest.items()]
@@ -5402,13 +5409,13 @@ class PublicMetrics:
 
 
 def _release_json(row: JsonObject, its_verdict: JsonObject | None) -> JsonObject:
-    """A row of Releases.latest() as the API shows it."""
+    """A row of SeenReleases.latest() as the API shows it."""
     sessions, devices, crashed_sessions = row["sessions"], row["devices"], row["crashed_sessions"]
     return {**{name: row[name] for name in ("app", "app_version", "sessions", "crashes", "crashed_sessions")},
             "crash_free_sessions": crash_free_rate(crashed_sessions or row["crashes"], sessions) if sessions else None,
             "by": "session" if crashed_sessions else "count",
             "crash_free_devices": crash_free_rate(row["crashed_devices"], devices) if devices else None,
-            "adoption": round(100 * (row["recent_sessions"] or 0) / (row["app_sessions"] or 1), 2),
+            "adoption": round(100 * row["recent_sessions"] / (row["app_sessions"] or 1), 2),
             "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"]), "verdict": its_verdict}
 
 
@@ -5635,7 +5642,7 @@ class Metrics(PublicMetrics):
             new = sorted((row for row in rows if row["news_at"] >= since), key=itemgetter("news_at"), reverse=True)
             by_devices = sorted(rows[SCORED_GROUPS:], key=itemgetter("devices"), reverse=True)
             first = rows[:SCORED_GROUPS] + by_devices[:SCORED_GROUPS]  # crashes alone say little: one device may loop
-            newest = Releases.newest(db, app_id, week)
+            newest = SeenReleases(db, app_id).newest(week)
             for row in first:
                 row.update(self._score(db, {**parameters, **row, "newest": newest.get(row["app_id"])}))
             first.sort(key=itemgetter("score", "devices", "count"), reverse=True)
@@ -5685,7 +5692,7 @@ class Metrics(PublicMetrics):
         """The first build that may have the fix of a group: the newest of the app or, if the group has crashed in that
         one, the next. "" if no version of the app is known."""
         with self._snapshot(app) as (db, app_id):
-            version = Releases.newest(db, app_id, self._last_days(WEEK_DAYS)).get(app_id or 0, "")
+            version = SeenReleases(db, app_id).newest(self._last_days(WEEK_DAYS)).get(app_id or 0, "")
             build = max((number for number, in db.execute("""
                 select build_number from builds where app_id = ? and app_version = ? order by first_seen desc limit 100
                 """, (app_id, version))), key=version_key, default="")

@@ -5582,7 +5582,7 @@ PLANS = {
     "overview": [*(f"{table} {BY_DAY}" for table in ("crash_days", "session_days", "group_days")), GROUP,
                  "device_hours USING PRIMARY KEY (app_id=? AND hour>?)"],
     "releases": [f"release_days {BY_DAY}", f"session_days {BY_DAY}", "builds USING PRIMARY KEY (app_id=?)",
-                 "release_sums USING PRIMARY KEY (app_id=? AND app_version=?)", f"apps {BY_SEQ}",
+                 "release_sums USING PRIMARY KEY (app_id=? AND app_version=?)",
                  "release_hours USING PRIMARY KEY (app_id=? AND app_version=? AND hour>? AND hour<?)"],
     "groups": ["groups USING PRIMARY KEY (app_id=?)", GROUP, GROUP_CRASHES],
     "groups, of days": [*(f"{table} {BY_DAY}" for table in ("crash_days", "group_days")),
