@@ -3031,10 +3031,11 @@ FACT_KINDS = {  # each with whether a channel gets it by default
     "crash.new": True, "crash.regressed": True, "crash.unmuted": True, "crash.spread": False,
     "release.worse": False, "digest": False}
 STATES = {"open": "opened", "resolved": "resolved", "muted": "muted"}  # each with its verb in the history
-CONDITIONS = {  # each with the state that it belongs to, its column, and its text in the history
-    "fixed_in": ("resolved", "fixed_in", "in {}"), "until": ("muted", "until", "until {}"),
-    "more_crashes": ("muted", "crashes_left", "for {} more crashes"),
-    "more_devices": ("muted", "devices_left", "for {} more devices")}
+CONDITIONS: dict[str, tuple[str, str, Callable[[Any], str]]] = {  # each with its state, column and text in the history
+    "fixed_in": ("resolved", "fixed_in", "in {}".format),
+    "until": ("muted", "until", lambda time_ms: f"until {iso_time(time_ms)}"),
+    "more_crashes": ("muted", "crashes_left", lambda count: f"for {plural(count, 'more crash', 'es')}"),
+    "more_devices": ("muted", "devices_left", lambda count: f"for {plural(count, 'more device')}")}
 TRIAGE_FIELDS = ("state", *CONDITIONS, "comment")  # of a PATCH
 MAX_HISTORY, MAX_COMMENT = 100, 5000  # entries that are kept of a group, and characters of a comment
 SPREAD_BOUNDS = (10, 100, 1000)  # a fact is noted when a group reaches this many devices
@@ -3089,8 +3090,8 @@ def decide(db: Any, app_id: int, group_hash: str, changes: JsonObject, now: int)
     if "state" in changes or conditions:
         after = after._replace(changed_at=now, **conditions)
         if state != "open" or before.state != "open":
-            texts = [text.format(iso_time(value) if column == "until" else value) for _, column, text
-                     in CONDITIONS.values() if (value := getattr(after, column)) is not None]
+            texts = [to_text(value) for _, column, to_text in CONDITIONS.values()
+                     if (value := getattr(after, column)) is not None]
             _add_history(db, app_id, group_hash, now, STATES[state], " or ".join(texts) or None)
     _write_decision(db, app_id, group_hash, after)
     if "comment" in changes:

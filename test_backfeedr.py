@@ -2816,11 +2816,11 @@ def test_each_decision_is_in_the_history_and_can_be_changed_in_part(api, clock):
     add(server, **CRASH)
     for body, state, fixed_in, entries in (
             ({"state": "open"}, "open", None, []), ({"comment": " a\0b "}, "open", None, [("commented", "a\ufffdb")]),
-            ({"state": "muted", "until": until, "more_crashes": 5}, "muted", None, [
-                ("muted", f"until {until} or for 5 more crashes")]),
+            ({"state": "muted", "until": until, "more_crashes": 1}, "muted", None, [
+                ("muted", f"until {until} or for 1 more crash")]),
             ({"more_devices": 2, "comment": "c"}, "muted", None, [
-                ("muted", f"until {until} or for 5 more crashes or for 2 more devices"), ("commented", "c")]),
-            ({"until": None}, "muted", None, [("muted", "for 5 more crashes or for 2 more devices")]),
+                ("muted", f"until {until} or for 1 more crash or for 2 more devices"), ("commented", "c")]),
+            ({"until": None}, "muted", None, [("muted", "for 1 more crash or for 2 more devices")]),
             ({"state": "resolved", "fixed_in": "1.0"}, "resolved", "1.0", [("resolved", "in 1.0")]),
             ({"fixed_in": "1.1"}, "resolved", "1.1", [("resolved", "in 1.1")]),
             ({"fixed_in": None}, "resolved", None, [("resolved", None)]),
@@ -2831,8 +2831,8 @@ def test_each_decision_is_in_the_history_and_can_be_changed_in_part(api, clock):
         answer = set_triage(server, body)
         assert (answer["state"], answer["fixed_in"], history_of(server)) == (state, fixed_in, before + entries)
         row = sql(server.store.path, "select until, crashes_left, devices_left from triage")[0]
-        assert row == {"more_crashes": (parse_time(until), 5, None), "more_devices": (parse_time(until), 5, 2),
-                       "until": (None, 5, 2)}.get(list(body)[-1 if "more_crashes" in body else 0], (None,) * 3)
+        assert row == {"more_crashes": (parse_time(until), 1, None), "more_devices": (parse_time(until), 1, 2),
+                       "until": (None, 1, 2)}.get(list(body)[-1 if "more_crashes" in body else 0], (None,) * 3)
 
 
 def test_history_is_bounded_and_loses_its_oldest_entries(api, monkeypatch):
