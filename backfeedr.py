@@ -20,8 +20,12 @@ uses Templates:
     Schema          the tables for apps, keys, reports, triage and alerts
     Values          refusals, times, ids, API keys, versions
     Grouping        stack frames, and the group of a crash
+    JSON            how it is read and written
     Payloads        our JSON in, crashes and events out
-    Apple formats   MetricKit, .ips and .crash in, crashes and events out
+    Apple formats   what Apple's reports have in common
+    MetricKit       its diagnostics
+    Crash files     .ips and .crash
+    Diagnostics     any of Apple's reports in, crashes and events out
     Signature       HMAC-SHA256 over a request
     RateLimiter     how many requests a key may send each minute
     Symbols         functions, files and lines for the addresses in a build
@@ -44,20 +48,27 @@ uses Templates:
     Channels        where alerts are sent, and in which form
     Alerts          how facts are delivered to channels
     Public metrics  the queries behind the public API
-    Metrics         the queries behind the rest of the API and the pages
+    Stored reports  reports as they were sent
+    Group metrics   the queries about groups
+    Metrics         the queries about single reports, devices and symbols, and the digest
     Requests        what a request carries, and what a client may be told
     Charts          numbers in, SVG out
     Page content    what the pages show, as values and text
+    Style           their CSS
+    Page requests   a request for a page, and its session
     Dashboard       the pages that people look at
-    Templates       their HTML and CSS
+    Template parts  what their templates share
+    Templates       their HTML
     Backfeedr       the WSGI callable
-    Server          waitress: how it gathers reports, and how it stops
+    Connections     waitress: how requests arrive, are gathered and answered
+    Server          how it starts and stops
     Operations      backup, export, import, check
-    Command line    serve, app, key, device, symbols, alert, prune, and the operations
+    Commands        app, key, device, symbols, alert, prune, and the operations
+    Command line    how they are called
 
 To make a change, edit:
 
-    add an endpoint             Backfeedr._routes, a query in PublicMetrics or Metrics; a handler if it is no GET
+    add an endpoint             Backfeedr._routes, a query in a class of metrics; a handler if it is no GET
     add a field to a report     REPORT_TABLES, _ADDED_COLUMNS and SCHEMA_VERSION; Crash or Event, perhaps _CONVERTERS
     add a figure                a class in FIGURES, its fields at the end of COUNTED; a PublicMetrics query and a route;
                                 SCHEMA_VERSION, and where migrate does not count all again, a count of the stored ones;
@@ -65,7 +76,7 @@ To make a change, edit:
     add a page                  Dashboard.routes, a method there, a row of _TEMPLATES, and of _NAVIGATION for the menu
     add a command               a method do_... of Commands, and a row of _COMMANDS
     add a kind of channel       a function in Channels, a row of CHANNELS, and perhaps check_address and Alerts.add
-    accept another format       a function in Apple formats, and _read_diagnostics; for another path, _ingestion
+    accept another format       a function like those of MetricKit, and _read_diagnostics; for another path, _ingestion
 """
 
 from __future__ import annotations
@@ -693,26 +704,13 @@ def builds_to_symbolicate(frames: Iterable[Frame]) -> str | None:
     return " ".join(list(uuids)[:MAX_IMAGES]) or None
 
 
-# == Payloads ==================================================================
-# JSON in, a crash or an event out, or a Refusal; the code below trusts what comes from here. A report is a namedtuple
-# whose fields are its columns. A missing or wrong required field is refused, so that a developer sees it at once. A
-# wrong optional field, perhaps of a few phones only, must not cost a report: it is converted, cut, or kept in `extra`.
+# == JSON ======================================================================
+# How JSON is read and written: UTF-8, finite numbers, no characters that SQLite cannot store, and not too deep.
 
-EVENT_TYPES = ("session_start", "session_end", "error", "custom")
-MAX_BATCH = 100  # events
-MAX_TEXT = 500  # characters of versions, models, types, names, ids, locale
 MAX_DEPTH = 64  # of JSON that is stored as it was sent: far more than SDKs send
 MAX_READ_DEPTH = 500  # of JSON that is read. Python 3.13 reads 10,000 levels, but a thread's stack may end before that
-MAX_NUMBER = (1 << 63) - 1
-MAX_REPORT_SIZE, MAX_BATCHED_SIZE = 256_000, 32_000  # bytes of text stored for a report, and for an event of a batch
-MAX_PAYLOAD_SIZE = 1_000_000  # after so many bytes of an Apple payload, MAX_BATCHED_SIZE is the limit of each report
-SMALL_SIZE = 1000  # characters of JSON that cannot have too many fields or frames
-MAX_FIELDS = 256  # of `properties`, and of unknown fields
-MAX_FRAME_FIELDS = 32  # of each frame, if a report is cut
-FIRST_FRAMES, LAST_FRAMES = 384, 128  # that are kept of a longer stack trace
 
 JsonObject = dict[str, Any]
-Converters = Mapping[str, Callable[[Any], Any]]  # by field: gives the value to store; ValueError if it is wrong
 
 
 def decode_json(body: bytes) -> JsonObject:
@@ -779,10 +777,48 @@ def to_ascii_json(value: Any) -> str:
     return "".join(_C_ASCII_ENCODER(value, 0)) if _C_ASCII_ENCODER else json.dumps(value)
 
 
+def _json_size(value: Any) -> int:
+    return len(to_json(value).encode())
+
+
 def _json_type(value: Any) -> str:
     """The type of a JSON value, in words for a developer."""
     return {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}.get(
         type(value), "a number")
+
+
+def not_deep(text: str) -> str:
+    """The same JSON. Raises ValueError if it is nested deeper than MAX_READ_DEPTH."""
+    if _is_deep(text, MAX_READ_DEPTH):
+        raise ValueError("it is nested too deep")
+    return text
+
+
+def _is_deep(text: str, max_depth: int = MAX_DEPTH) -> bool:
+    """Whether JSON is nested too deep. Counts brackets: walking through the values would take ten times as long."""
+    if len(text) <= max_depth or text.count("{") + text.count("[") <= max_depth:  # nearly always
+        return False
+    outside_strings = text.replace("\\\\", "").replace('\\"', "").split('"')[::2]
+    brackets = "".join(outside_strings).encode().translate(None, _NO_BRACKETS)
+    return any(map(max_depth.__lt__, accumulate(map(_NESTING_STEPS.__getitem__, brackets))))  # ends at the first
+
+
+# == Payloads ==================================================================
+# JSON in, a crash or an event out, or a Refusal; the code below trusts what comes from here. A report is a namedtuple
+# whose fields are its columns. A missing or wrong required field is refused, so that a developer sees it at once. A
+# wrong optional field, perhaps of a few phones only, must not cost a report: it is converted, cut, or kept in `extra`.
+
+EVENT_TYPES = ("session_start", "session_end", "error", "custom")
+MAX_BATCH = 100  # events
+MAX_TEXT = 500  # characters of versions, models, types, names, ids, locale
+MAX_NUMBER = (1 << 63) - 1
+MAX_REPORT_SIZE, MAX_BATCHED_SIZE = 256_000, 32_000  # bytes of text stored for a report, and for an event of a batch
+MAX_PAYLOAD_SIZE = 1_000_000  # after so many bytes of an Apple payload, MAX_BATCHED_SIZE is the limit of each report
+SMALL_SIZE = 1000  # characters of JSON that cannot have too many fields or frames
+MAX_FIELDS = 256  # of `properties`, and of unknown fields
+MAX_FRAME_FIELDS = 32  # of each frame, if a report is cut
+FIRST_FRAMES, LAST_FRAMES = 384, 128  # that are kept of a longer stack trace
+Converters = Mapping[str, Callable[[Any], Any]]  # by field: gives the value to store; ValueError if it is wrong
 
 
 # Converters. They compare types exactly, because isinstance would accept True as an int.
@@ -842,22 +878,6 @@ def _stack_trace(value: Any) -> str:
 
 def _is_list_of_objects(value: Any) -> bool:
     return type(value) is list and {*map(type, value)} <= {dict}
-
-
-def not_deep(text: str) -> str:
-    """The same JSON. Raises ValueError if it is nested deeper than MAX_READ_DEPTH."""
-    if _is_deep(text, MAX_READ_DEPTH):
-        raise ValueError("it is nested too deep")
-    return text
-
-
-def _is_deep(text: str, max_depth: int = MAX_DEPTH) -> bool:
-    """Whether JSON is nested too deep. Counts brackets: walking through the values would take ten times as long."""
-    if len(text) <= max_depth or text.count("{") + text.count("[") <= max_depth:  # nearly always
-        return False
-    outside_strings = text.replace("\\\\", "").replace('\\"', "").split('"')[::2]
-    brackets = "".join(outside_strings).encode().translate(None, _NO_BRACKETS)
-    return any(map(max_depth.__lt__, accumulate(map(_NESTING_STEPS.__getitem__, brackets))))  # ends at the first
 
 
 Crash = namedtuple("Crash", "group_hash images exception_type exception_reason stack_trace app_version build_number"
@@ -1089,166 +1109,15 @@ def _limit_length(value: Any, spare_frames: int = 0) -> Any:
     return value
 
 
-def _json_size(value: Any) -> int:
-    return len(to_json(value).encode())
-
-
 # == Apple formats =============================================================
-# Apple's reports in, the crashes and events of Payloads out, by pure functions. The content tells which format it is.
-# Each diagnostic becomes a JSON object like those of our own clients, and is converted, cut and grouped like them. What
-# could identify a phone or a person is left out.
+# What Apple's reports have in common. Each diagnostic becomes a JSON object like those of our own clients, and is
+# converted, cut and grouped like them, by pure functions. What could identify a phone or a person is left out.
 
 UNKNOWN_FORMAT = "unknown report format"
-MACH_EXCEPTIONS = {
-    1: "EXC_BAD_ACCESS", 2: "EXC_BAD_INSTRUCTION", 3: "EXC_ARITHMETIC", 4: "EXC_EMULATION", 5: "EXC_SOFTWARE",
-    6: "EXC_BREAKPOINT", 7: "EXC_SYSCALL", 8: "EXC_MACH_SYSCALL", 9: "EXC_RPC_ALERT", 10: "EXC_CRASH",
-    11: "EXC_RESOURCE", 12: "EXC_GUARD", 13: "EXC_CORPSE_NOTIFY"}
-SIGNALS = {  # Darwin's numbers
-    3: "SIGQUIT", 4: "SIGILL", 5: "SIGTRAP", 6: "SIGABRT", 7: "SIGEMT", 8: "SIGFPE", 9: "SIGKILL", 10: "SIGBUS",
-    11: "SIGSEGV", 12: "SIGSYS", 13: "SIGPIPE", 14: "SIGALRM", 15: "SIGTERM"}
-BUG_TYPES = {"109": "a crash", "309": "a crash", "202": "CPU use", "206": "CPU use", "222": "a hang", "223": "a hang",
-             "228": "a hang", "328": "a hang", "298": "a jetsam report on all apps"}
-EVENT_NAMES = {
-    "hangDiagnostic": "Hang", "cpuExceptionDiagnostic": "CPU exception", "appLaunchDiagnostic": "Slow launch",
-    "diskWriteExceptionDiagnostic": "Disk write exception"}
-DURATIONS = ("hangDuration", "totalCPUTime", "writesCaused", "totalWritesCaused", "launchDuration")
-
-_LIKELY_APPLE = re.compile(rb'"(?:bug_type|usedImages|timeStampBegin)"|Diagnostics?"|^Exception Type:', re.M)
-# A person's name or the folder of an installation, in a path. JSON may escape its slashes. The name is not just
-# (?:...|...)+, because `re` would take 190 bytes for each character.
-_PRIVATE = re.compile(r"/(?:((?:Users|home)\\?/)(?=[^\s\\/\"']|\\u[0-9A-Fa-f]{4})"
-                      r"[^\s\\/\"']*(?:\\u[0-9A-Fa-f]{4}[^\s\\/\"']*)*"
-                      r"|[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12})")
 _APPLE_TIME = re.compile(r"([0-9-]{10})[ T]([0-9:]{8})(?:(\.[0-9]{1,9})[0-9]*)? ?(Z|[+-][0-9]{2}:?[0-9]{2})?")
 _OS_VERSION = re.compile(r"(?:[A-Za-z]+ ){0,4}([0-9]+(?:\.[0-9]+)*)(?: \([\w ]{1,30}\))*")
 _KILL_CODE = re.compile(r"(?:\bcode[: ] ?|^[A-Z]{1,40} )(?:0x([0-9a-f]{1,16})|([0-9]{1,19}))\b", re.I)
-_UNCAUGHT = re.compile(r"uncaught exception '([^'\n]{1,200})', reason: '(.*?)(?:'(?: \*\*\*|\n)|'?\Z)", re.S)
-_FATAL = re.compile("Fatal error|Precondition failed|Assertion failed|BUG IN ")
-_OBJECT_START = re.compile(r"(?:^|(?<=\}))\{", re.M)
-_THREAD_STARTS = ("dyld", "libdyld.dylib", "libsystem_pthread.dylib")
 Diagnostic = tuple[Callable[[JsonObject, int], Union[Crash, Event]], JsonObject]  # parse_crash or parse_event; input
-
-
-def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | Event]:
-    """The crashes and events in an Apple report, in its order: a MetricKit payload of either shape, an .ips file or a
-    .crash text. [] if MetricKit has nothing to report. A diagnostic without a time gets `now`, in milliseconds;
-    `device` is the device_id_hash. Raises Refusal."""
-    try:
-        text = _PRIVATE.sub(lambda match: f"/{match[1]}USER" if match[1] else "/UUID", decode_text(body))
-    except ValueError as error:
-        raise Refusal(UNKNOWN_FORMAT, detail=str(error)) from None
-    diagnostics = list(islice(_read_diagnostics(text), MAX_BATCH + 1))
-    if len(diagnostics) > MAX_BATCH:
-        raise Refusal(f"too many diagnostics: at most {MAX_BATCH}")
-    device = device.replace("\x00", "\ufffd")  # a header may contain it, but no database takes it
-    reports, size = list[Union[Crash, Event]](), 0
-    for parse, sent in diagnostics:  # all their frames may share a long name in `binaryInfo`
-        sent = {**sent, "occurred_at": sent["occurred_at"] or iso_time(now), "device_id_hash": device}
-        reports.append(parse(sent, MAX_REPORT_SIZE if size < MAX_PAYLOAD_SIZE else MAX_BATCHED_SIZE))
-        size += sum(len(value.encode()) for value in reports[-1] if type(value) is str)
-    return reports
-
-
-def parse_crash_body(body: bytes) -> Crash:
-    """The crash in a body of POST /crashes. Raises Refusal; for an Apple report, it says where that belongs."""
-    try:
-        return parse_crash(decode_json(body))
-    except Refusal as refusal:
-        if str(refusal) in ("invalid JSON", "missing exception_type") and _LIKELY_APPLE.search(body):
-            raise Refusal(str(refusal), detail="POST Apple's reports unchanged to /api/v1/diagnostics") from None
-        raise
-
-
-def _read_diagnostics(text: str) -> Iterable[Diagnostic]:
-    try:
-        objects, problem = [_decode_nested(text)], ""
-    except ValueError as error:
-        objects, problem = _objects_on_lines(text), str(error)[:100]
-    if not all(type(value) is dict for value in objects):
-        raise Refusal(UNKNOWN_FORMAT, detail=f"the body is {_json_type(objects[0])}, not an object")
-    bug_types = [str(value.get("bug_type")) for value in objects]
-    bug_type = next(filter(re.compile("[0-9]{1,9}").fullmatch, bug_types), "")
-    if bug_type and BUG_TYPES.get(bug_type) != "a crash":
-        raise Refusal(f"unsupported bug_type {bug_type}",
-                      detail=f"{BUG_TYPES.get(bug_type, 'it')} is not a crash of the app")
-    # Without a header, the fields must be ones that no other format has.
-    ips_fields = {"threads", "exception"} if bug_type else {"usedImages", "termination"}
-    ips_body = next((value for value in objects if value.keys() & ips_fields), None)
-    if ips_body is None and problem and re.search("^Exception Type:", text, re.M):
-        ips_body = _crash_text_as_ips(text)
-    if ips_body is not None:
-        return [(parse_crash, _ips_crash(objects[0] if objects else {}, ips_body))]
-    if problem or bug_type:
-        raise Refusal(UNKNOWN_FORMAT, detail="an .ips file whose body cannot be read" if bug_type else problem)
-    return _metrickit_diagnostics(objects[0])
-
-
-def _objects_on_lines(text: str) -> list[JsonObject]:
-    """The first JSON objects that begin a line, or follow an object because `curl -d` joined the lines: the header and
-    the body of an .ips file, whatever is around them. Only 4 tries, because each may read all of the text."""
-    objects, position = [], 0
-    for _ in range(4):
-        if match := _OBJECT_START.search(text, position):
-            position = match.end()
-            with suppress(ValueError):
-                value, length = _DECODER.raw_decode(not_deep(text[match.start():]))
-                objects.append(value)
-                position = match.start() + length
-    return objects
-
-
-# A string without an end is one token, too: searching for an end from each quote in it would take hours.
-_NESTING = re.compile(r'"subFrames"\s*:\s*\[|"[^"]*"?|[][]|NaN')
-
-
-def _decode_nested(text: str) -> Any:
-    """The value of JSON whose `subFrames` may be nested to any depth: a call stack has two levels for each frame. In
-    deep JSON each list of `subFrames` is decoded by itself, becomes a path (see _heaviest_path), and NaN, which JSON
-    does not have, stands for it in the text around it. Raises ValueError."""
-    if not _is_deep(text, MAX_READ_DEPTH):
-        return _DECODER.decode(text)
-    unused = deque[Any]()  # the lists for the next NaNs. One decoder: a new one for each list takes a third longer
-    decoder = _make_decoder(parse_constant=lambda word: unused.popleft() if word == "NaN" else _parse_finite(word))
-    pieces, lists = list[str](), list[Any]()  # of the text that is being read, and the lists that NaN stands for in it
-    enclosing: list[tuple[list[str], list[Any]]] = []  # the same for each text around it
-    open_brackets, position = list[bool](), 0  # whether each open "[" is of `subFrames`; where the next piece begins
-    for token in _NESTING.finditer(text.replace("\\\\", "  ").replace('\\"', "  ")):  # the other escapes do no harm
-        if token[0] == "NaN":
-            raise ValueError("a number is out of range")
-        if token[0].endswith("["):
-            open_brackets.append(token[0] != "[")
-            if open_brackets[-1]:
-                pieces.append(text[position:token.end() - 1] + "NaN")
-                enclosing.append((pieces, lists))
-                pieces, lists, position = [], [], token.end() - 1
-        elif token[0] == "]" and open_brackets and open_brackets.pop():
-            unused.extend(lists)
-            frames = _decode_piece(decoder, "".join([*pieces, text[position:token.end()]]))
-            pieces, lists = enclosing.pop()
-            lists.append(_heaviest_path(frames))
-            position = token.end()
-    unused.extend(lists)
-    return _decode_piece(decoder, "".join([*pieces, text[position:]]))
-
-
-def _heaviest_path(frames: Any) -> deque[JsonObject]:
-    """The path that most samples took, from one of these frames inwards. It is not nested: to delete 5,000 nested
-    objects takes more stack than a thread may have."""
-    path, steps = deque[JsonObject](), list[JsonObject]()
-    while type(frames) is list and (objects := [frame for frame in frames if type(frame) is dict]):
-        steps.append(max(objects, key=lambda frame: _member_number(frame, "sampleCount") or 0))
-        frames = steps[-1].pop("subFrames", None)
-        if type(frames) is deque:
-            path = frames
-    path.extendleft(reversed(steps))
-    return path
-
-
-def _decode_piece(decoder: json.JSONDecoder, text: str) -> Any:
-    try:
-        return decoder.decode(not_deep(text))
-    except json.JSONDecodeError as error:  # its position is not that in the body
-        raise ValueError(f"{error.msg} in a deep call stack") from None
 
 
 def _member(parent: Any, name: str, kind: Callable[[], Any]) -> Any:
@@ -1321,7 +1190,76 @@ def _api_frame(number: int, binary: str, uuid: str, offset: int | None, is_own: 
     return {name: value for name, value in frame.items() if value is not None and value != ""}
 
 
-# MetricKit.
+# == MetricKit =================================================================
+# The crashes, hangs and other diagnostics in a payload from MetricKit, in either of its shapes.
+
+MACH_EXCEPTIONS = {
+    1: "EXC_BAD_ACCESS", 2: "EXC_BAD_INSTRUCTION", 3: "EXC_ARITHMETIC", 4: "EXC_EMULATION", 5: "EXC_SOFTWARE",
+    6: "EXC_BREAKPOINT", 7: "EXC_SYSCALL", 8: "EXC_MACH_SYSCALL", 9: "EXC_RPC_ALERT", 10: "EXC_CRASH",
+    11: "EXC_RESOURCE", 12: "EXC_GUARD", 13: "EXC_CORPSE_NOTIFY"}
+SIGNALS = {  # Darwin's numbers
+    3: "SIGQUIT", 4: "SIGILL", 5: "SIGTRAP", 6: "SIGABRT", 7: "SIGEMT", 8: "SIGFPE", 9: "SIGKILL", 10: "SIGBUS",
+    11: "SIGSEGV", 12: "SIGSYS", 13: "SIGPIPE", 14: "SIGALRM", 15: "SIGTERM"}
+EVENT_NAMES = {
+    "hangDiagnostic": "Hang", "cpuExceptionDiagnostic": "CPU exception", "appLaunchDiagnostic": "Slow launch",
+    "diskWriteExceptionDiagnostic": "Disk write exception"}
+DURATIONS = ("hangDuration", "totalCPUTime", "writesCaused", "totalWritesCaused", "launchDuration")
+_THREAD_STARTS = ("dyld", "libdyld.dylib", "libsystem_pthread.dylib")
+
+
+# A string without an end is one token, too: searching for an end from each quote in it would take hours.
+_NESTING = re.compile(r'"subFrames"\s*:\s*\[|"[^"]*"?|[][]|NaN')
+
+
+def _decode_nested(text: str) -> Any:
+    """The value of JSON whose `subFrames` may be nested to any depth: a call stack has two levels for each frame. In
+    deep JSON each list of `subFrames` is decoded by itself, becomes a path (see _heaviest_path), and NaN, which JSON
+    does not have, stands for it in the text around it. Raises ValueError."""
+    if not _is_deep(text, MAX_READ_DEPTH):
+        return _DECODER.decode(text)
+    unused = deque[Any]()  # the lists for the next NaNs. One decoder: a new one for each list takes a third longer
+    decoder = _make_decoder(parse_constant=lambda word: unused.popleft() if word == "NaN" else _parse_finite(word))
+    pieces, lists = list[str](), list[Any]()  # of the text that is being read, and the lists that NaN stands for in it
+    enclosing: list[tuple[list[str], list[Any]]] = []  # the same for each text around it
+    open_brackets, position = list[bool](), 0  # whether each open "[" is of `subFrames`; where the next piece begins
+    for token in _NESTING.finditer(text.replace("\\\\", "  ").replace('\\"', "  ")):  # the other escapes do no harm
+        if token[0] == "NaN":
+            raise ValueError("a number is out of range")
+        if token[0].endswith("["):
+            open_brackets.append(token[0] != "[")
+            if open_brackets[-1]:
+                pieces.append(text[position:token.end() - 1] + "NaN")
+                enclosing.append((pieces, lists))
+                pieces, lists, position = [], [], token.end() - 1
+        elif token[0] == "]" and open_brackets and open_brackets.pop():
+            unused.extend(lists)
+            frames = _decode_piece(decoder, "".join([*pieces, text[position:token.end()]]))
+            pieces, lists = enclosing.pop()
+            lists.append(_heaviest_path(frames))
+            position = token.end()
+    unused.extend(lists)
+    return _decode_piece(decoder, "".join([*pieces, text[position:]]))
+
+
+def _heaviest_path(frames: Any) -> deque[JsonObject]:
+    """The path that most samples took, from one of these frames inwards. It is not nested: to delete 5,000 nested
+    objects takes more stack than a thread may have."""
+    path, steps = deque[JsonObject](), list[JsonObject]()
+    while type(frames) is list and (objects := [frame for frame in frames if type(frame) is dict]):
+        steps.append(max(objects, key=lambda frame: _member_number(frame, "sampleCount") or 0))
+        frames = steps[-1].pop("subFrames", None)
+        if type(frames) is deque:
+            path = frames
+    path.extendleft(reversed(steps))
+    return path
+
+
+def _decode_piece(decoder: json.JSONDecoder, text: str) -> Any:
+    try:
+        return decoder.decode(not_deep(text))
+    except json.JSONDecodeError as error:  # its position is not that in the body
+        raise ValueError(f"{error.msg} in a deep call stack") from None
+
 
 def _metrickit_diagnostics(payload: JsonObject) -> Iterator[Diagnostic]:
     kinds = [name for name in payload if re.search(r"\wDiagnostics?\Z", name)]
@@ -1407,7 +1345,12 @@ def _metrickit_frame(number: int, frame: JsonObject, binary: str) -> JsonObject:
     return _api_frame(number, binary, image_uuid(frame.get("binaryUUID")), offset, is_own, {})
 
 
-# .ips and .crash files.
+# == Crash files ===============================================================
+# The crash in an .ips file, or in the text of a .crash file, which is brought into the form of an .ips file first.
+
+_UNCAUGHT = re.compile(r"uncaught exception '([^'\n]{1,200})', reason: '(.*?)(?:'(?: \*\*\*|\n)|'?\Z)", re.S)
+_FATAL = re.compile("Fatal error|Precondition failed|Assertion failed|BUG IN ")
+
 
 def _ips_crash(header: JsonObject, body: JsonObject) -> JsonObject:
     """The crash in an .ips file. Only the fields that are named here are kept."""
@@ -1512,6 +1455,88 @@ def _crash_text_stack(text: str) -> JsonObject:
                        "symbol": symbol, "sourceFile": file, "sourceLine": int(line) if line else None,
                        "inline": "[inlined]" in place})
     return {"usedImages": images, "lastExceptionBacktrace": frames}
+
+
+# == Diagnostics ===============================================================
+# Any of Apple's reports in, the crashes and events of Payloads out. The content tells which format it is.
+
+BUG_TYPES = {"109": "a crash", "309": "a crash", "202": "CPU use", "206": "CPU use", "222": "a hang", "223": "a hang",
+             "228": "a hang", "328": "a hang", "298": "a jetsam report on all apps"}
+_LIKELY_APPLE = re.compile(rb'"(?:bug_type|usedImages|timeStampBegin)"|Diagnostics?"|^Exception Type:', re.M)
+# A person's name or the folder of an installation, in a path. JSON may escape its slashes. The name is not just
+# (?:...|...)+, because `re` would take 190 bytes for each character.
+_PRIVATE = re.compile(r"/(?:((?:Users|home)\\?/)(?=[^\s\\/\"']|\\u[0-9A-Fa-f]{4})"
+                      r"[^\s\\/\"']*(?:\\u[0-9A-Fa-f]{4}[^\s\\/\"']*)*"
+                      r"|[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12})")
+_OBJECT_START = re.compile(r"(?:^|(?<=\}))\{", re.M)
+
+
+def parse_diagnostics(body: bytes, now: int, device: str = "") -> list[Crash | Event]:
+    """The crashes and events in an Apple report, in its order: a MetricKit payload of either shape, an .ips file or a
+    .crash text. [] if MetricKit has nothing to report. A diagnostic without a time gets `now`, in milliseconds;
+    `device` is the device_id_hash. Raises Refusal."""
+    try:
+        text = _PRIVATE.sub(lambda match: f"/{match[1]}USER" if match[1] else "/UUID", decode_text(body))
+    except ValueError as error:
+        raise Refusal(UNKNOWN_FORMAT, detail=str(error)) from None
+    diagnostics = list(islice(_read_diagnostics(text), MAX_BATCH + 1))
+    if len(diagnostics) > MAX_BATCH:
+        raise Refusal(f"too many diagnostics: at most {MAX_BATCH}")
+    device = device.replace("\x00", "\ufffd")  # a header may contain it, but no database takes it
+    reports, size = list[Union[Crash, Event]](), 0
+    for parse, sent in diagnostics:  # all their frames may share a long name in `binaryInfo`
+        sent = {**sent, "occurred_at": sent["occurred_at"] or iso_time(now), "device_id_hash": device}
+        reports.append(parse(sent, MAX_REPORT_SIZE if size < MAX_PAYLOAD_SIZE else MAX_BATCHED_SIZE))
+        size += sum(len(value.encode()) for value in reports[-1] if type(value) is str)
+    return reports
+
+
+def parse_crash_body(body: bytes) -> Crash:
+    """The crash in a body of POST /crashes. Raises Refusal; for an Apple report, it says where that belongs."""
+    try:
+        return parse_crash(decode_json(body))
+    except Refusal as refusal:
+        if str(refusal) in ("invalid JSON", "missing exception_type") and _LIKELY_APPLE.search(body):
+            raise Refusal(str(refusal), detail="POST Apple's reports unchanged to /api/v1/diagnostics") from None
+        raise
+
+
+def _read_diagnostics(text: str) -> Iterable[Diagnostic]:
+    try:
+        objects, problem = [_decode_nested(text)], ""
+    except ValueError as error:
+        objects, problem = _objects_on_lines(text), str(error)[:100]
+    if not all(type(value) is dict for value in objects):
+        raise Refusal(UNKNOWN_FORMAT, detail=f"the body is {_json_type(objects[0])}, not an object")
+    bug_types = [str(value.get("bug_type")) for value in objects]
+    bug_type = next(filter(re.compile("[0-9]{1,9}").fullmatch, bug_types), "")
+    if bug_type and BUG_TYPES.get(bug_type) != "a crash":
+        raise Refusal(f"unsupported bug_type {bug_type}",
+                      detail=f"{BUG_TYPES.get(bug_type, 'it')} is not a crash of the app")
+    # Without a header, the fields must be ones that no other format has.
+    ips_fields = {"threads", "exception"} if bug_type else {"usedImages", "termination"}
+    ips_body = next((value for value in objects if value.keys() & ips_fields), None)
+    if ips_body is None and problem and re.search("^Exception Type:", text, re.M):
+        ips_body = _crash_text_as_ips(text)
+    if ips_body is not None:
+        return [(parse_crash, _ips_crash(objects[0] if objects else {}, ips_body))]
+    if problem or bug_type:
+        raise Refusal(UNKNOWN_FORMAT, detail="an .ips file whose body cannot be read" if bug_type else problem)
+    return _metrickit_diagnostics(objects[0])
+
+
+def _objects_on_lines(text: str) -> list[JsonObject]:
+    """The first JSON objects that begin a line, or follow an object because `curl -d` joined the lines: the header and
+    the body of an .ips file, whatever is around them. Only 4 tries, because each may read all of the text."""
+    objects, position = [], 0
+    for _ in range(4):
+        if match := _OBJECT_START.search(text, position):
+            position = match.end()
+            with suppress(ValueError):
+                value, length = _DECODER.raw_decode(not_deep(text[match.start():]))
+                objects.append(value)
+                position = match.start() + length
+    return objects
 
 
 # == Signature =================================================================
@@ -1994,7 +2019,7 @@ class Run(NamedTuple):
 def counted_rows(db: Any, kind: type, source: str, keys: Sequence[Row] = ((),)) -> CountedReports:
     """Stored reports as the figures see them, without stack traces. `source` is the query from `from` on; `values *` in
     it stands for the keys, as in rows_of. A query without `values *` takes its parameters from the only key."""
-    columns = {"received_at": RECEIVED_AT, "at": COUNTED_AT, "day": f"({COUNTED_AT}) / {DAY}",
+    columns = {"received_at": RECEIVED_AT, "at": COUNTED_AT, "day": f"{COUNTED_AT} / {DAY}",
                "sent_type": "exception_type", "stack_trace": "null"}
     columns.update({name: f"case when (other & {flag}) > 0 then '{OTHER}' else {name} end"
                     for name, flag in OTHER_FLAGS.items()})
@@ -5432,15 +5457,63 @@ def crash_free_rate(crashes: int, sessions: int) -> float:
     return round(max(0.0, 100 * (1 - crashes / sessions)), 2)
 
 
-# == Metrics ===================================================================
-# Answers for the admin, alerts and the feed. Most of them read reports, a page at a time.
+# == Stored reports ============================================================
+# Crashes and events as they were sent, with symbols, and where a page of a list begins.
 
-SCANNED_EVENTS = 20_000  # events that are read for a page, which may be short although another page follows
+def _load_reports(db: Connection, table: str, seqs: Sequence[int], max_text: int = PAGE_CHARACTERS) -> list[JsonObject]:
+    """Crashes or events as they were sent, each with its app and the time of its receipt. Stops after a report with
+    which they exceed `max_text` characters."""
+    apps, reports, size, symbols = dict(db.execute("select id, name from apps")), [], 0, Symbols(db)
+    for seq in seqs:
+        row, = dict_rows(db, f"select * from {table} where seq = ?", (seq,))
+        size += sum(len(value) for value in row.values() if type(value) is str)
+        report = as_sent({"id": row.pop("id"), "app": apps.get(row.pop("app_id")), **row})
+        _symbolicate(symbols, report if table == "crashes" else report.get("properties", {}))
+        reports.append(report)
+        if size > max_text:
+            break
+    return reports
+
+
+def _symbolicate(symbols: Symbols, report: JsonObject) -> None:
+    """Names the frames of `stack_trace`. If that changes them, keeps those that were sent as `raw_stack_trace`."""
+    frames = report.get("stack_trace")
+    if type(frames) is list and all(type(frame) is dict for frame in frames):
+        report["stack_trace"] = list(symbols.symbolicated(frames, SHOWN_LOOKUPS - symbols.lookups))
+        if report["stack_trace"] != frames:
+            report["raw_stack_trace"] = frames
+
+
+def as_sent(row: Mapping[str, Any]) -> JsonObject:
+    """The report in a row as it was sent, without what was absent."""
+    hidden = ("seq", "seq_ahead_ms", "other", "images")
+    report = {name: value for name, value in row.items() if value is not None and name not in hidden}
+    if not report["clock_ahead_ms"]:
+        del report["clock_ahead_ms"]
+    for name in {"stack_trace", "properties", "extra"} & report.keys():
+        report[name] = json.loads(report[name])
+    for name in ("received_at", "occurred_at"):
+        report[name] = iso_time(report[name])
+    if "is_charging" in report:
+        report["is_charging"] = bool(report["is_charging"])
+    return report
+
+
+def _parse_cursor(cursor: str | None, pattern: str, default: Any) -> Any:
+    """The parts of a cursor that the pattern captures, or the default for None. Raises Refusal."""
+    match = re.fullmatch(pattern, cursor or "")
+    if cursor is not None and match is None:
+        raise Refusal("invalid cursor")
+    return match.groups() if match else default
+
+
+# == Group metrics =============================================================
+# Answers about groups of crashes. Most of them read reports, a page at a time.
+
 GROUP_REPORTS = 20  # crashes on a page of a group
 MAX_VERSIONS = 100  # versions that a list names for a group
 MAX_MISSING_BUILDS = 100  # builds without symbols in a list
 SCORED_GROUPS, SHOWN_GROUPS = 20, 5  # groups by crashes, and by devices, that get a score; groups that are shown
-EVENTS_BEFORE_CRASH = 20  # events that the page of a crash shows, out of the session's latest 100
 
 _IN_TRIAGE = "(app_id, group_hash) in (select app_id, group_hash from triage where {})"
 STATE_CONDITIONS: dict[str | None, str] = {  # the condition of each `state` by which a list can be filtered
@@ -5467,30 +5540,8 @@ FILTERED_GROUP_COUNTS = f"""
     group by known.app_id, known.group_hash"""
 
 
-class Metrics(PublicMetrics):
-    """Answers all questions. Lists come in pages of `limit`; `cursor` is the `next` of the page before, or None."""
-
-    def digest(self, app: str | None, since: int, until: int) -> list[JsonObject]:
-        """The facts of a digest from `since` to `until`, in milliseconds: is the newest release worse, what is new,
-        what is fixed? A fact about one app has its name as `app`, so that it can be dropped if the app is deleted."""
-        verdicts = [{"app": row["app"], "text": f"{row['app']} {row['app_version']} is {row['verdict']['text']}"}
-                    for row in self.newest_releases(app) if row["verdict"]]
-        with self._snapshot(app) as (db, app_id):
-            parameters = {"app": app_id, "since": since, "until": until, "other": OTHER}
-            crashes = sums_per_day(db, app_id, self._last_days(3), "crash_days", "crashes")["crashes"]
-            new = db.execute(f"""
-                select exception_type, place from groups
-                where {APP_FILTER} and came_at >= :since and came_at < :until and group_hash <> :other
-                order by came_at desc, first_seen desc""", parameters).fetchall()
-            resolved, regressed = db.execute(f"""
-                select count(case when state = 'resolved' and changed_at >= :since and changed_at < :until then 1 end),
-                    count(case when regressed_at >= :since and regressed_at < :until then 1 end)
-                from triage where {APP_FILTER}""", parameters).fetchone()
-        names = [_one_line(kind) + (f" in {_one_line(place)}" if place else "") for kind, place in new[:3]]
-        return [*verdicts[:MAX_FACTS],
-                {"text": f"Crashes: {crashes[1]:,} yesterday, {crashes[0]:,} the day before"},
-                {"text": "; ".join([f"New: {len(new):,}", *names])},
-                {"text": f"Resolved: {resolved:,}; regressed: {regressed:,}"}]
+class GroupMetrics(PublicMetrics):
+    """Answers about groups. Lists come in pages of `limit`; `cursor` is the `next` of the page before, or None."""
 
     def news(self, app: str | None = None, limit: int = 50) -> list[JsonObject]:
         """The groups that appeared or regressed last, the latest first; `at` is in milliseconds."""
@@ -5684,16 +5735,6 @@ class Metrics(PublicMetrics):
         older, newer = (row and crash_id(row[0]) for row in rows)
         return older, newer
 
-    def events_before(self, crash: JsonObject) -> list[JsonObject]:
-        """The last events of the session before a crash, by the device's clock, the oldest first."""
-        if "session_id" not in crash:
-            return []
-        events = self.events(crash["app"], session_id=crash["session_id"], limit=100,
-                             device_id_hash=crash.get("device_id_hash"))["events"]
-        events.sort(key=lambda event: (parse_time(event["occurred_at"]), event["id"]))
-        crashed_at = parse_time(crash["occurred_at"])
-        return [event for event in events if parse_time(event["occurred_at"]) <= crashed_at][-EVENTS_BEFORE_CRASH:]
-
     def next_build(self, group_hash: str, app: str) -> str:
         """The first build that may have the fix of a group: the newest of the app or, if the group has crashed in that
         one, the next. "" if no version of the app is known."""
@@ -5731,6 +5772,78 @@ class Metrics(PublicMetrics):
             order by name""", parameters).fetchall()
         return {"days": [counts.get(day, 0) for day in shown_days], "apps": [name for name, in apps]}
 
+    def _missing_builds(self, db: Connection, app_id: int | None, group: str | None, limit: int) -> list[JsonObject]:
+        """The builds whose symbols are missing, in all groups or in one."""
+        return [self._missing_build(db, **row) for row in dict_rows(db, f"""
+            select uuid, app_id, group_hash, total as crashes from (
+                select uuid, app_id, group_hash, sum(crashes) over (partition by uuid) as total, row_number() over (
+                    partition by uuid order by crashes desc, app_id, group_hash) as rank
+                from group_images
+                where {APP_FILTER} and (:group is null or group_hash = :group)
+                    and uuid not in (select uuid from symbols where received = parts)) as ranked
+            where rank = 1 order by total desc, uuid limit :limit""", {"app": app_id, "group": group, "limit": limit})]
+
+    @staticmethod
+    def _missing_build(db: Connection, uuid: str, app_id: int, group_hash: str, crashes: int) -> JsonObject:
+        """A build without symbols, described by its latest crash in the group where it has the most crashes."""
+        app, version, build, trace = db.execute("""
+            select name, app_version, build_number, stack_trace from (
+                select * from crashes where seq in (
+                    select seq from crashes where app_id = ? and group_hash = ? order by seq desc limit 20)) as latest
+            join apps on apps.id = app_id
+            where instr(images, ?)
+            order by seq desc limit 1""", (app_id, group_hash, uuid)).fetchone() or [None] * 4
+        binaries = (frame.binary for frame in map(read_frame, json.loads(trace or "[]")) if frame.uuid == uuid)
+        return {"uuid": uuid, "binary": next(filter(None, binaries), None), "app": app, "app_version": version,
+                "build_number": build, "crashes": crashes}
+
+
+def _group_json(group: JsonObject) -> JsonObject:
+    """A group from _summary() as the API shows it."""
+    answer = {name: value for name, value in group.items() if name not in ("app_id", "came_at", "changed_at")}
+    return {**answer, **{name: iso_time(group[name]) if group[name] else None
+                         for name in ("first_seen", "last_seen", "regressed_at")}}
+
+
+def _version_filter(version: str | None) -> JsonObject:
+    """The parameters of HAS_VERSION. A version that ends with * stands for all that begin like it."""
+    if version and version.endswith("*"):
+        return {"version": version[:-1], "length": len(version) - 1}
+    return {"version": version, "length": MAX_TEXT}
+
+
+# == Metrics ===================================================================
+# Answers about single reports, devices and symbols, and the daily digest.
+
+SCANNED_EVENTS = 20_000  # events that are read for a page, which may be short although another page follows
+EVENTS_BEFORE_CRASH = 20  # events that the page of a crash shows, out of the session's latest 100
+
+
+class Metrics(GroupMetrics):
+    """Answers all questions."""
+
+    def digest(self, app: str | None, since: int, until: int) -> list[JsonObject]:
+        """The facts of a digest from `since` to `until`, in milliseconds: is the newest release worse, what is new,
+        what is fixed? A fact about one app has its name as `app`, so that it can be dropped if the app is deleted."""
+        verdicts = [{"app": row["app"], "text": f"{row['app']} {row['app_version']} is {row['verdict']['text']}"}
+                    for row in self.newest_releases(app) if row["verdict"]]
+        with self._snapshot(app) as (db, app_id):
+            parameters = {"app": app_id, "since": since, "until": until, "other": OTHER}
+            crashes = sums_per_day(db, app_id, self._last_days(3), "crash_days", "crashes")["crashes"]
+            new = db.execute(f"""
+                select exception_type, place from groups
+                where {APP_FILTER} and came_at >= :since and came_at < :until and group_hash <> :other
+                order by came_at desc, first_seen desc""", parameters).fetchall()
+            resolved, regressed = db.execute(f"""
+                select count(case when state = 'resolved' and changed_at >= :since and changed_at < :until then 1 end),
+                    count(case when regressed_at >= :since and regressed_at < :until then 1 end)
+                from triage where {APP_FILTER}""", parameters).fetchone()
+        names = [_one_line(kind) + (f" in {_one_line(place)}" if place else "") for kind, place in new[:3]]
+        return [*verdicts[:MAX_FACTS],
+                {"text": f"Crashes: {crashes[1]:,} yesterday, {crashes[0]:,} the day before"},
+                {"text": "; ".join([f"New: {len(new):,}", *names])},
+                {"text": f"Resolved: {resolved:,}; regressed: {regressed:,}"}]
+
     def crash(self, id: str, app: str | None = None) -> JsonObject:
         """A crash as it was sent. Raises Refusal if it is not stored."""
         with self._snapshot(app) as (db, app_id):
@@ -5739,6 +5852,16 @@ class Metrics(PublicMetrics):
                               {"seq": seq, "app": app_id}).fetchone():
                 raise Refusal("not found")
             return _load_reports(db, "crashes", [seq])[0]
+
+    def events_before(self, crash: JsonObject) -> list[JsonObject]:
+        """The last events of the session before a crash, by the device's clock, the oldest first."""
+        if "session_id" not in crash:
+            return []
+        events = self.events(crash["app"], session_id=crash["session_id"], limit=100,
+                             device_id_hash=crash.get("device_id_hash"))["events"]
+        events.sort(key=lambda event: (parse_time(event["occurred_at"]), event["id"]))
+        crashed_at = parse_time(crash["occurred_at"])
+        return [event for event in events if parse_time(event["occurred_at"]) <= crashed_at][-EVENTS_BEFORE_CRASH:]
 
     def events(self, app: str | None = None, type: str | None = None, name: str | None = None,
                session_id: str | None = None, limit: int = 50, cursor: str | None = None,
@@ -5779,31 +5902,6 @@ class Metrics(PublicMetrics):
                                 for row in stored],
                     "missing": self._missing_builds(db, app_id, None, MAX_MISSING_BUILDS)}
 
-    def _missing_builds(self, db: Connection, app_id: int | None, group: str | None, limit: int) -> list[JsonObject]:
-        """The builds whose symbols are missing, in all groups or in one."""
-        return [self._missing_build(db, **row) for row in dict_rows(db, f"""
-            select uuid, app_id, group_hash, total as crashes from (
-                select uuid, app_id, group_hash, sum(crashes) over (partition by uuid) as total, row_number() over (
-                    partition by uuid order by crashes desc, app_id, group_hash) as rank
-                from group_images
-                where {APP_FILTER} and (:group is null or group_hash = :group)
-                    and uuid not in (select uuid from symbols where received = parts)) as ranked
-            where rank = 1 order by total desc, uuid limit :limit""", {"app": app_id, "group": group, "limit": limit})]
-
-    @staticmethod
-    def _missing_build(db: Connection, uuid: str, app_id: int, group_hash: str, crashes: int) -> JsonObject:
-        """A build without symbols, described by its latest crash in the group where it has the most crashes."""
-        app, version, build, trace = db.execute("""
-            select name, app_version, build_number, stack_trace from (
-                select * from crashes where seq in (
-                    select seq from crashes where app_id = ? and group_hash = ? order by seq desc limit 20)) as latest
-            join apps on apps.id = app_id
-            where instr(images, ?)
-            order by seq desc limit 1""", (app_id, group_hash, uuid)).fetchone() or [None] * 4
-        binaries = (frame.binary for frame in map(read_frame, json.loads(trace or "[]")) if frame.uuid == uuid)
-        return {"uuid": uuid, "binary": next(filter(None, binaries), None), "app": app, "app_version": version,
-                "build_number": build, "crashes": crashes}
-
     def device(self, device_id_hash: str) -> JsonObject:
         """Everything that is stored about a device, in all apps."""
         device = device_key(device_id_hash)
@@ -5824,67 +5922,6 @@ class Metrics(PublicMetrics):
                     order by seq""", (device_id_hash,))]
                 answer[table] = _load_reports(db, table, seqs, MAX_NUMBER)
         return answer
-
-
-def _group_json(group: JsonObject) -> JsonObject:
-    """A group from _summary() as the API shows it."""
-    answer = {name: value for name, value in group.items() if name not in ("app_id", "came_at", "changed_at")}
-    return {**answer, **{name: iso_time(group[name]) if group[name] else None
-                         for name in ("first_seen", "last_seen", "regressed_at")}}
-
-
-def _load_reports(db: Connection, table: str, seqs: Sequence[int], max_text: int = PAGE_CHARACTERS) -> list[JsonObject]:
-    """Crashes or events as they were sent, each with its app and the time of its receipt. Stops after a report with
-    which they exceed `max_text` characters."""
-    apps, reports, size, symbols = dict(db.execute("select id, name from apps")), [], 0, Symbols(db)
-    for seq in seqs:
-        row, = dict_rows(db, f"select * from {table} where seq = ?", (seq,))
-        size += sum(len(value) for value in row.values() if type(value) is str)
-        report = as_sent({"id": row.pop("id"), "app": apps.get(row.pop("app_id")), **row})
-        _symbolicate(symbols, report if table == "crashes" else report.get("properties", {}))
-        reports.append(report)
-        if size > max_text:
-            break
-    return reports
-
-
-def _symbolicate(symbols: Symbols, report: JsonObject) -> None:
-    """Names the frames of `stack_trace`. If that changes them, keeps those that were sent as `raw_stack_trace`."""
-    frames = report.get("stack_trace")
-    if type(frames) is list and all(type(frame) is dict for frame in frames):
-        report["stack_trace"] = list(symbols.symbolicated(frames, SHOWN_LOOKUPS - symbols.lookups))
-        if report["stack_trace"] != frames:
-            report["raw_stack_trace"] = frames
-
-
-def as_sent(row: Mapping[str, Any]) -> JsonObject:
-    """The report in a row as it was sent, without what was absent."""
-    hidden = ("seq", "seq_ahead_ms", "other", "images")
-    report = {name: value for name, value in row.items() if value is not None and name not in hidden}
-    if not report["clock_ahead_ms"]:
-        del report["clock_ahead_ms"]
-    for name in {"stack_trace", "properties", "extra"} & report.keys():
-        report[name] = json.loads(report[name])
-    for name in ("received_at", "occurred_at"):
-        report[name] = iso_time(report[name])
-    if "is_charging" in report:
-        report["is_charging"] = bool(report["is_charging"])
-    return report
-
-
-def _version_filter(version: str | None) -> JsonObject:
-    """The parameters of HAS_VERSION. A version that ends with * stands for all that begin like it."""
-    if version and version.endswith("*"):
-        return {"version": version[:-1], "length": len(version) - 1}
-    return {"version": version, "length": MAX_TEXT}
-
-
-def _parse_cursor(cursor: str | None, pattern: str, default: Any) -> Any:
-    """The parts of a cursor that the pattern captures, or the default for None. Raises Refusal."""
-    match = re.fullmatch(pattern, cursor or "")
-    if cursor is not None and match is None:
-        raise Refusal("invalid cursor")
-    return match.groups() if match else default
 
 
 # == Requests ==================================================================
@@ -6339,19 +6376,91 @@ def _json_text(value: Any) -> str:
     return _shorten("\n".join(lines), SHOWN_TEXT)
 
 
-# == Dashboard =================================================================
-# The pages, behind the admin token. They load nothing from other hosts and use no JavaScript. The content of a report
-# is hostile: it reaches a page only through `{{ }}` or escape(), an address also through urlencode(), never a style.
+# == Style =====================================================================
+# The CSS of the pages, and the headers that let a browser load nothing else.
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #fcfbf8; --ink: #1f1e1b; --soft: #66635b; --rule: #dcd8cd; --tint: #f3f0e8;
+  --link: #1d5a96; --mark: #2f6da8; --bad: #b3261e; }
+@media screen and (prefers-color-scheme: dark) { :root { --paper: #161614; --ink: #e9e6de; --soft: #a19d92;
+  --rule: #383631; --tint: #201f1c; --link: #8cbcf0; --mark: #7fb0e4; --bad: #ff8f80; } }
+* { box-sizing: border-box; text-underline-offset: 0.2em; } dl, dd, form, .figure, .chart p { margin: 0; }
+body { margin: 0 auto; max-width: 78rem; padding: 0 1.25rem 2rem; background: var(--paper); color: var(--ink);
+  font: 0.94rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; -webkit-text-size-adjust: 100%; }
+code, pre, .trace, .long dd { font-family: ui-monospace, Consolas, monospace; }
+th, dt, pre, footer, small, .note, .trace, .filter label { color: var(--soft); font-size: 0.9em; }
+.empty, .soft, .place, .chart p { color: var(--soft); } .danger, .problem { color: var(--bad); }
+header, nav, .facts, .filter, .actions { display: flex; flex-wrap: wrap; gap: 0.4rem 1.3rem; align-items: baseline; }
+header { padding: 0.9rem 0 0.6rem; border-bottom: 2px solid var(--ink); } header nav { flex: 1; }
+.apps { padding: 0.5rem 0; border-bottom: 1px solid var(--rule); } .actions, .list + details { margin-top: 0.6rem; }
+a, summary, .plain { color: var(--link); } nav a, .brand { text-decoration: none; padding: 0.2rem 0; }
+h2 a, .brand, a[aria-current] { color: inherit; } a[aria-current] { border-bottom: 2px solid var(--mark); }
+a[aria-current], .brand, .own, .key { font-weight: 600; } .skip:not(:focus) { position: absolute; left: -99rem; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 1.4rem 0 0.8rem; } h2 { font-size: 0.95rem; margin: 0 0 0.5rem; }
+footer, .tiles section { border-top: 1px solid var(--rule); padding-top: 0.6rem; }
+.grid { display: grid; gap: 0 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(var(--least), 100%), 1fr));
+  --least: 17rem; } .tiles { --least: 9rem; column-gap: 2rem; } .tiles h2 { font-weight: 400; margin: 0; }
+.figure { font-size: 1.9rem; line-height: 1.2; } .note, .verdict { margin: 0.2rem 0; }
+.brief { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 1; overflow: hidden;
+  word-break: break-all; } section, footer { margin: 1.75rem 0 0; min-width: 0; }
+table { border-collapse: collapse; width: 100%; } .list tr { border-bottom: 1px solid var(--rule); }
+th { text-align: left; font-weight: 400; } thead { overflow-wrap: normal; }
+th, td { padding: 0.4rem 1.2rem 0.4rem 0; vertical-align: top; } :is(th, td):last-child { padding-right: 0; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number, td.session, .list time { white-space: nowrap; }
+.bars :is(th, td) { padding-block: 0.15rem; } .bars th { color: inherit; font-size: 1em; width: 52%; }
+.bars .number, th.number:first-child { width: 1%; } .own, .hint, pre, .long dd, button { background: var(--tint); }
+svg { display: block; width: 100%; overflow: visible; } .bars svg { margin-top: 0.4rem; }
+rect { fill: var(--mark); } .day { fill-opacity: 0; } .day:hover { fill-opacity: 0.15; }
+path { fill: none; stroke: var(--mark); stroke-width: 2; stroke-linecap: round; vector-effect: non-scaling-stroke; }
+.dot { stroke-width: 5; } .spark { display: block; width: 7.4rem; }
+.chart { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: 0.35rem 0.6rem; }
+.chart svg { border-block: 1px solid var(--rule); box-sizing: content-box; }
+.chart p { display: flex; justify-content: space-between; font-size: 0.75rem; line-height: 1; }
+.chart p:first-child { flex-direction: column; text-align: right; } .chart p:last-child { grid-column: 2; }
+.crash { display: grid; gap: 1.5rem 2.5rem; grid-template-columns: minmax(0, 2fr) minmax(0, 1fr); }
+.trace { margin: 0; padding-left: 2.6rem; } .place { font-weight: 400; padding-left: 0.6rem; }
+li { padding: 0.15rem 0 0.15rem 0.6rem; border-left: 3px solid transparent; }
+.own { color: var(--ink); border-left-color: var(--bad); } .own .place { color: var(--link); }
+.context > :not(.long) { display: grid; grid-template-columns: 9rem minmax(0, 1fr); gap: 0.4rem; padding: 0.2rem 0; }
+pre, .long dd { margin: 0.2rem 0; padding: 0.5rem 0.7rem; white-space: pre-wrap; max-height: 22rem; overflow-y: auto; }
+form, label { display: inline-block; } form, label, details { max-width: 100%; } p label { margin: 0 0.8rem 0.3rem 0; }
+.filter { align-items: end; margin-bottom: 1rem; } .filter :is(label, input, select) { display: block; }
+input, select, button, textarea { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 3px;
+  padding: 0.3rem 0.6rem; max-width: 100%; } input:not([type=checkbox]), select, button { min-height: 2.5rem; }
+input, select, textarea { background: var(--paper); color: var(--ink); font-size: 1rem; } [type=number] { width: 7rem; }
+button, summary { cursor: pointer; } button:hover { border-color: var(--ink); }
+.plain { border: 0; padding: 0; min-height: 0; background: none; } td form { margin-right: 0.8rem; }
+.sign-in { max-width: 24rem; } .sign-in :is(form, label, #token) { display: block; width: 100%; }
+.hint { padding: 0.3rem 1rem 0.8rem; border-left: 3px solid var(--mark); } .key { user-select: all; }
+:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
+@media (max-width: 60rem) {
+  .crash { grid-template-columns: minmax(0, 1fr); } .spark { display: inline-block; vertical-align: middle; }
+  .list thead { position: absolute; clip-path: inset(50%); } .list, .list tbody { display: block; }
+  .list tr { display: flex; flex-wrap: wrap; gap: 0 1.2rem; padding: 0.4rem 0; align-items: baseline; }
+  .list :is(td, time) { padding: 0; width: auto; text-align: left; white-space: normal; }
+  .list td:not(.main, .bare)::before { content: attr(data-label) " "; color: var(--soft); font: 0.85em system-ui; }
+  .list .main { order: -1; flex-basis: 100%; } .list .number + .bare { flex: 1 1 12rem; }
+  .list td:not(.main):is(:empty, :has(> bdi:empty)), :is(.list, .bars) .code { display: none; }
+  time::after { content: ", " attr(title); color: var(--soft); font-size: 0.9em; }
+  a, nav a, .brand, summary, .plain, label:has([type=checkbox]) { padding-block: 12px; }
+  header nav { order: 1; flex-basis: 100%; column-gap: 0.8rem; } .brand { flex: 1; }
+  .apps { flex-wrap: nowrap; overflow-x: auto; white-space: nowrap; }
+}
+"""
+
+PAGE_HEADERS = {
+    "Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer", "Content-Security-Policy": (
+        "default-src 'none'; img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'; style-src"
+        f" 'sha256-{base64.b64encode(sha256(STYLE)).decode()}'")}
+
+
+# == Page requests =============================================================
+# What a request for a page carries: its address, its browser's session and its form.
 
 SESSION_LIFETIME = 7 * DAY
-LINK_LIFETIME = 10 * MINUTE  # of a link that signs in once
-LIST_ROWS, SHOWN_VERDICTS = 25, 5  # of crashes or events on a page, and of releases on the overview
-_ERROR_HINTS = {
-    403: "The session has changed since the page was loaded. Go back, reload that page and submit the form again.",
-    404: "It may have expired, or its app may have been deleted.",
-    500: "The server log has the reason.", 503: "The server log has the reason. Try again in a moment."}
 Response = Any  # a bottle.HTTPResponse; bottle has no types
-PageHandler = Callable[..., Response]  # called with a PageRequest and the parts of the path
 
 
 class PageRequest:
@@ -6437,6 +6546,24 @@ class PageRequest:
     def app_names(self, row: JsonObject) -> str:
         """The apps of a row of a list, or "" if there is only one or the page is about one."""
         return "" if self.app or len(self.apps or ()) < 2 else ", ".join(row.get("apps") or [row["app"]])
+
+
+def _text_response(text: str, content_type: str, status: int = 200) -> Response:
+    return bottle.HTTPResponse(_CONTROL_CHARACTERS.sub("\ufffd", text).encode("utf-8", "replace"), status, {
+        **PAGE_HEADERS, "Content-Type": content_type + "; charset=utf-8"})
+
+
+# == Dashboard =================================================================
+# The pages, behind the admin token. They load nothing from other hosts and use no JavaScript. The content of a report
+# is hostile: it reaches a page only through `{{ }}` or escape(), an address also through urlencode(), never a style.
+
+LINK_LIFETIME = 10 * MINUTE  # of a link that signs in once
+LIST_ROWS, SHOWN_VERDICTS = 25, 5  # of crashes or events on a page, and of releases on the overview
+_ERROR_HINTS = {
+    403: "The session has changed since the page was loaded. Go back, reload that page and submit the form again.",
+    404: "It may have expired, or its app may have been deleted.",
+    500: "The server log has the reason.", 503: "The server log has the reason. Try again in a moment."}
+PageHandler = Callable[..., Response]  # called with a PageRequest and the parts of the path
 
 
 class Dashboard:
@@ -6670,11 +6797,6 @@ class Dashboard:
                 "secret": secret}
 
 
-def _text_response(text: str, content_type: str, status: int = 200) -> Response:
-    return bottle.HTTPResponse(_CONTROL_CHARACTERS.sub("\ufffd", text).encode("utf-8", "replace"), status, {
-        **PAGE_HEADERS, "Content-Type": content_type + "; charset=utf-8"})
-
-
 def _capitalize(text: str) -> str:
     return text[:1].upper() + text[1:]
 
@@ -6692,15 +6814,12 @@ def _field_rows(page: PageRequest, report: JsonObject) -> Iterator[tuple[str, st
             yield name.replace("_", " "), html
 
 
-# == Templates =================================================================
-# The HTML and CSS of the pages. Templates know only `for` and `if`. `{{ }}` escapes; `{{! }}` inserts HTML, made above.
-# What several templates share is a constant, or a function that returns template source, such as _table().
+# == Template parts ============================================================
+# What several templates share: constants, and functions that return template source, such as _table(). `{{ }}` escapes;
+# `{{! }}` inserts HTML, made above.
 
 _NAVIGATION = (
     ("/", "Overview"), ("/crashes", "Crashes"), ("/usage", "Usage"), ("/releases", "Releases"), ("/apps", "Apps"))
-_ICON = "data:image/svg+xml," + quote(
-    "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'><path d='M1 11h4l2-8 3 11 2-6h3' fill='none'"
-    " stroke='#c0392b' stroke-width='2'/></svg>")
 Column = tuple[str, str, str]  # label, template of a cell of `row`, and CSS class
 
 
@@ -6830,6 +6949,10 @@ _TRIAGE_SECTION = """<section><h2>{{group["state"].capitalize()}}
 % end
 </section>
 """
+
+
+# == Templates =================================================================
+# The HTML of the pages. Templates know only `for` and `if`.
 
 _TEMPLATES = {name: bottle.SimpleTemplate(source) for name, source in {
     "layout": """<!doctype html>
@@ -7125,82 +7248,9 @@ any address that it supports.</p>
 % end
 </feed>
 """}.items()}
-
-STYLE = """
-:root { color-scheme: light dark; --paper: #fcfbf8; --ink: #1f1e1b; --soft: #66635b; --rule: #dcd8cd; --tint: #f3f0e8;
-  --link: #1d5a96; --mark: #2f6da8; --bad: #b3261e; }
-@media screen and (prefers-color-scheme: dark) { :root { --paper: #161614; --ink: #e9e6de; --soft: #a19d92;
-  --rule: #383631; --tint: #201f1c; --link: #8cbcf0; --mark: #7fb0e4; --bad: #ff8f80; } }
-* { box-sizing: border-box; text-underline-offset: 0.2em; } dl, dd, form, .figure, .chart p { margin: 0; }
-body { margin: 0 auto; max-width: 78rem; padding: 0 1.25rem 2rem; background: var(--paper); color: var(--ink);
-  font: 0.94rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; -webkit-text-size-adjust: 100%; }
-code, pre, .trace, .long dd { font-family: ui-monospace, Consolas, monospace; }
-th, dt, pre, footer, small, .note, .trace, .filter label { color: var(--soft); font-size: 0.9em; }
-.empty, .soft, .place, .chart p { color: var(--soft); } .danger, .problem { color: var(--bad); }
-header, nav, .facts, .filter, .actions { display: flex; flex-wrap: wrap; gap: 0.4rem 1.3rem; align-items: baseline; }
-header { padding: 0.9rem 0 0.6rem; border-bottom: 2px solid var(--ink); } header nav { flex: 1; }
-.apps { padding: 0.5rem 0; border-bottom: 1px solid var(--rule); } .actions, .list + details { margin-top: 0.6rem; }
-a, summary, .plain { color: var(--link); } nav a, .brand { text-decoration: none; padding: 0.2rem 0; }
-h2 a, .brand, a[aria-current] { color: inherit; } a[aria-current] { border-bottom: 2px solid var(--mark); }
-a[aria-current], .brand, .own, .key { font-weight: 600; } .skip:not(:focus) { position: absolute; left: -99rem; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 1.4rem 0 0.8rem; } h2 { font-size: 0.95rem; margin: 0 0 0.5rem; }
-footer, .tiles section { border-top: 1px solid var(--rule); padding-top: 0.6rem; }
-.grid { display: grid; gap: 0 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(var(--least), 100%), 1fr));
-  --least: 17rem; } .tiles { --least: 9rem; column-gap: 2rem; } .tiles h2 { font-weight: 400; margin: 0; }
-.figure { font-size: 1.9rem; line-height: 1.2; } .note, .verdict { margin: 0.2rem 0; }
-.brief { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 1; overflow: hidden;
-  word-break: break-all; } section, footer { margin: 1.75rem 0 0; min-width: 0; }
-table { border-collapse: collapse; width: 100%; } .list tr { border-bottom: 1px solid var(--rule); }
-th { text-align: left; font-weight: 400; } thead { overflow-wrap: normal; }
-th, td { padding: 0.4rem 1.2rem 0.4rem 0; vertical-align: top; } :is(th, td):last-child { padding-right: 0; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
-td.number, td.session, .list time { white-space: nowrap; }
-.bars :is(th, td) { padding-block: 0.15rem; } .bars th { color: inherit; font-size: 1em; width: 52%; }
-.bars .number, th.number:first-child { width: 1%; } .own, .hint, pre, .long dd, button { background: var(--tint); }
-svg { display: block; width: 100%; overflow: visible; } .bars svg { margin-top: 0.4rem; }
-rect { fill: var(--mark); } .day { fill-opacity: 0; } .day:hover { fill-opacity: 0.15; }
-path { fill: none; stroke: var(--mark); stroke-width: 2; stroke-linecap: round; vector-effect: non-scaling-stroke; }
-.dot { stroke-width: 5; } .spark { display: block; width: 7.4rem; }
-.chart { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: 0.35rem 0.6rem; }
-.chart svg { border-block: 1px solid var(--rule); box-sizing: content-box; }
-.chart p { display: flex; justify-content: space-between; font-size: 0.75rem; line-height: 1; }
-.chart p:first-child { flex-direction: column; text-align: right; } .chart p:last-child { grid-column: 2; }
-.crash { display: grid; gap: 1.5rem 2.5rem; grid-template-columns: minmax(0, 2fr) minmax(0, 1fr); }
-.trace { margin: 0; padding-left: 2.6rem; } .place { font-weight: 400; padding-left: 0.6rem; }
-li { padding: 0.15rem 0 0.15rem 0.6rem; border-left: 3px solid transparent; }
-.own { color: var(--ink); border-left-color: var(--bad); } .own .place { color: var(--link); }
-.context > :not(.long) { display: grid; grid-template-columns: 9rem minmax(0, 1fr); gap: 0.4rem; padding: 0.2rem 0; }
-pre, .long dd { margin: 0.2rem 0; padding: 0.5rem 0.7rem; white-space: pre-wrap; max-height: 22rem; overflow-y: auto; }
-form, label { display: inline-block; } form, label, details { max-width: 100%; } p label { margin: 0 0.8rem 0.3rem 0; }
-.filter { align-items: end; margin-bottom: 1rem; } .filter :is(label, input, select) { display: block; }
-input, select, button, textarea { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 3px;
-  padding: 0.3rem 0.6rem; max-width: 100%; } input:not([type=checkbox]), select, button { min-height: 2.5rem; }
-input, select, textarea { background: var(--paper); color: var(--ink); font-size: 1rem; } [type=number] { width: 7rem; }
-button, summary { cursor: pointer; } button:hover { border-color: var(--ink); }
-.plain { border: 0; padding: 0; min-height: 0; background: none; } td form { margin-right: 0.8rem; }
-.sign-in { max-width: 24rem; } .sign-in :is(form, label, #token) { display: block; width: 100%; }
-.hint { padding: 0.3rem 1rem 0.8rem; border-left: 3px solid var(--mark); } .key { user-select: all; }
-:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
-@media (max-width: 60rem) {
-  .crash { grid-template-columns: minmax(0, 1fr); } .spark { display: inline-block; vertical-align: middle; }
-  .list thead { position: absolute; clip-path: inset(50%); } .list, .list tbody { display: block; }
-  .list tr { display: flex; flex-wrap: wrap; gap: 0 1.2rem; padding: 0.4rem 0; align-items: baseline; }
-  .list :is(td, time) { padding: 0; width: auto; text-align: left; white-space: normal; }
-  .list td:not(.main, .bare)::before { content: attr(data-label) " "; color: var(--soft); font: 0.85em system-ui; }
-  .list .main { order: -1; flex-basis: 100%; } .list .number + .bare { flex: 1 1 12rem; }
-  .list td:not(.main):is(:empty, :has(> bdi:empty)), :is(.list, .bars) .code { display: none; }
-  time::after { content: ", " attr(title); color: var(--soft); font-size: 0.9em; }
-  a, nav a, .brand, summary, .plain, label:has([type=checkbox]) { padding-block: 12px; }
-  header nav { order: 1; flex-basis: 100%; column-gap: 0.8rem; } .brand { flex: 1; }
-  .apps { flex-wrap: nowrap; overflow-x: auto; white-space: nowrap; }
-}
-"""
-
-PAGE_HEADERS = {
-    "Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer", "Content-Security-Policy": (
-        "default-src 'none'; img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'; style-src"
-        f" 'sha256-{base64.b64encode(sha256(STYLE)).decode()}'")}
+_ICON = "data:image/svg+xml," + quote(
+    "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'><path d='M1 11h4l2-8 3 11 2-6h3' fill='none'"
+    " stroke='#c0392b' stroke-width='2'/></svg>")
 
 _TEMPLATE_GLOBALS = {
     "DAY": DAY, "bar_chart": bar_chart, "build_name": build_name, "curl_line": curl_line, "details": _event_details,
@@ -7523,7 +7573,7 @@ def first_start_text(created: GeneratedSecrets, url: str) -> str:
     return text
 
 
-# == Server ====================================================================
+# == Connections ===============================================================
 # The web server: waitress with a few changes. Errors are JSON, a stop answers every request that was sent, no client's
 # address is logged, and reports that arrive together share a commit. Each class says what it changes and why.
 
@@ -7536,70 +7586,12 @@ except ImportError:  # only `serve` needs waitress; under another WSGI server it
     waitress = None
     HTTPChannel = HTTPRequestParser = ErrorTask = Task = ThreadedTaskDispatcher = WSGITask = object
 
-DRAIN_SECONDS = 4.0  # how long a stop waits for requests that have begun to arrive
-DRAIN_IDLE_SECONDS = 0.3  # a stop closes a connection that has been silent for so long
-SWITCH_INTERVAL = 0.002  # seconds that a thread may keep the interpreter while others wait for it
 IDLE_TIMEOUT = 60  # seconds for a request to arrive, between two requests, or without progress in an answer
 MIN_BYTES_PER_SECOND = 2000  # a request that arrives at this rate, as from a slow phone, never times out
 MAX_PIPELINED = 4  # requests that may wait on a connection; if more come, it is closed after these
 COMMIT_THREADS = 4  # one commits while the next one decodes; with only two, 16 clients get 14 % less done
 MAX_GATHERED_REQUESTS = 25  # of 100 events each; all threads then have as many rows as may wait in the store
 MAX_GATHERED_BYTES = 1_000_000  # decoded, they take several times as much memory
-
-
-def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> None:
-    """Serves until SIGTERM or SIGINT. Raises OSError if it cannot listen, and ImportError without waitress, both before
-    a database is made: the secrets of a first start are shown only once. `make` gets the settings with the real port,
-    and `announce`, a function that takes a text to print."""
-    if waitress is None:
-        raise ImportError(_MISSING_PACKAGE.format("waitress"))
-    listener = _listen(settings.host, settings.port)
-    settings = replace(settings, port=listener.getsockname()[1])
-    announcements: list[str] = []
-    if settings.verbose:
-        log.addHandler(logging.StreamHandler())
-        log.setLevel(logging.INFO)
-    with listener, make(settings, announce=announcements.append) as app, app.alerts.running():
-        server = _make_server(app, settings, listener)
-        stopping = threading.Event()
-
-        def stop(*_: Any) -> None:
-            stopping.set()
-            server.pull_trigger()
-
-        signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGINT, stop)
-        print("backfeedr on", _url(settings.host, settings.port), flush=True)
-        print("".join(announcements), end="", flush=True)
-        app.store.catch_up_in_background()  # finishes what a migration or a stop left undone
-        sys.stderr.write(_unencrypted_warning(settings, listener.getsockname()[0]))
-        # The default of 5 ms starves the I/O thread, which needs the interpreter back after each call. Much less
-        # would wake waiting threads too often. These three are not set at import, which may happen in a host app.
-        sys.setswitchinterval(SWITCH_INTERVAL)
-        gc.freeze()  # the collector then skips what stays anyway: saves 5 % of a batch's time
-        gc.set_threshold(20_000)  # fewer passes over the objects of a commit, which has no cycles: saves 1 to 5 %
-        while not stopping.is_set():
-            server.asyncore.loop(timeout=1, use_poll=True, map=server._map, count=1)
-        _drain(server)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=1024)
-    except (OSError, UnicodeError, TypeError) as error:
-        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]  # without the address again
-        option = "port" if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES) else "host"
-        raise OSError(f"cannot listen on {host} port {port}: {reason};"
-                      f" choose another with --{option} or BACKFEEDR_{option.upper()}") from None
-
-
-def _unencrypted_warning(settings: Settings, address: str) -> str:
-    """A warning if other machines can reach the server and no proxy is known to add https; otherwise ""."""
-    if ipaddress.ip_address(address.partition("%")[0]).is_loopback or settings.public_url.startswith("https://"):
-        return ""
-    return (f"backfeedr: other machines can reach {address}, and the keys they send are not encrypted: put a proxy with"
-            " https in front, and set BACKFEEDR_PUBLIC_URL to its address\n")
 
 
 class _RequestParser(HTTPRequestParser):
@@ -7658,6 +7650,14 @@ class _AppTask(_Task, WSGITask):
             environ["wsgi.url_scheme"] = "https"
         self.request.environ = environ
         return environ
+
+
+def _request_line(request: Any) -> str:
+    """Method and path for the log, in printable ASCII, without the query or a key."""
+    if not hasattr(request, "path") or request.error and request.error.code == 431:  # waitress did not parse it
+        return "- -"
+    path = quote(request.path[:200], safe="/:@!$&'()*+,;=~", encoding="latin-1") or "-"
+    return re.sub("(bf_[a-z]+_)[0-9A-Za-z]+", r"\1...", f"{request.command[:20]} {path}")
 
 
 class _Channel(HTTPChannel):
@@ -7813,6 +7813,69 @@ class _Dispatcher(ThreadedTaskDispatcher):
         return super().shutdown(*arguments, **options)
 
 
+# == Server ====================================================================
+# How the web server is started and stopped.
+
+DRAIN_SECONDS = 4.0  # how long a stop waits for requests that have begun to arrive
+DRAIN_IDLE_SECONDS = 0.3  # a stop closes a connection that has been silent for so long
+SWITCH_INTERVAL = 0.002  # seconds that a thread may keep the interpreter while others wait for it
+
+
+def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> None:
+    """Serves until SIGTERM or SIGINT. Raises OSError if it cannot listen, and ImportError without waitress, both before
+    a database is made: the secrets of a first start are shown only once. `make` gets the settings with the real port,
+    and `announce`, a function that takes a text to print."""
+    if waitress is None:
+        raise ImportError(_MISSING_PACKAGE.format("waitress"))
+    listener = _listen(settings.host, settings.port)
+    settings = replace(settings, port=listener.getsockname()[1])
+    announcements: list[str] = []
+    if settings.verbose:
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
+    with listener, make(settings, announce=announcements.append) as app, app.alerts.running():
+        server = _make_server(app, settings, listener)
+        stopping = threading.Event()
+
+        def stop(*_: Any) -> None:
+            stopping.set()
+            server.pull_trigger()
+
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
+        print("backfeedr on", _url(settings.host, settings.port), flush=True)
+        print("".join(announcements), end="", flush=True)
+        app.store.catch_up_in_background()  # finishes what a migration or a stop left undone
+        sys.stderr.write(_unencrypted_warning(settings, listener.getsockname()[0]))
+        # The default of 5 ms starves the I/O thread, which needs the interpreter back after each call. Much less
+        # would wake waiting threads too often. These three are not set at import, which may happen in a host app.
+        sys.setswitchinterval(SWITCH_INTERVAL)
+        gc.freeze()  # the collector then skips what stays anyway: saves 5 % of a batch's time
+        gc.set_threshold(20_000)  # fewer passes over the objects of a commit, which has no cycles: saves 1 to 5 %
+        while not stopping.is_set():
+            server.asyncore.loop(timeout=1, use_poll=True, map=server._map, count=1)
+        _drain(server)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, UnicodeError, TypeError) as error:
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]  # without the address again
+        option = "port" if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES) else "host"
+        raise OSError(f"cannot listen on {host} port {port}: {reason};"
+                      f" choose another with --{option} or BACKFEEDR_{option.upper()}") from None
+
+
+def _unencrypted_warning(settings: Settings, address: str) -> str:
+    """A warning if other machines can reach the server and no proxy is known to add https; otherwise ""."""
+    if ipaddress.ip_address(address.partition("%")[0]).is_loopback or settings.public_url.startswith("https://"):
+        return ""
+    return (f"backfeedr: other machines can reach {address}, and the keys they send are not encrypted: put a proxy with"
+            " https in front, and set BACKFEEDR_PUBLIC_URL to its address\n")
+
+
 def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) -> Any:
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of every request that waits
     server = waitress.server.create_server(
@@ -7827,14 +7890,6 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
     # The I/O thread sends head and body together: a tenth faster. (As an option of create_server this is deprecated.)
     server.adj.send_bytes = 16384
     return server
-
-
-def _request_line(request: Any) -> str:
-    """Method and path for the log, in printable ASCII, without the query or a key."""
-    if not hasattr(request, "path") or request.error and request.error.code == 431:  # waitress did not parse it
-        return "- -"
-    path = quote(request.path[:200], safe="/:@!$&'()*+,;=~", encoding="latin-1") or "-"
-    return re.sub("(bf_[a-z]+_)[0-9A-Za-z]+", r"\1...", f"{request.command[:20]} {path}")
 
 
 def _connection_limit(threads: int) -> int:
@@ -8096,97 +8151,10 @@ def channel_warnings(path: Path) -> list[str]:
     return []
 
 
-# == Command line ==============================================================
-# Every command works while the server runs: they share nothing but the file. To add one, write a method of Commands
-# and a row of _COMMANDS.
+# == Commands ==================================================================
+# What the commands do. Every one works while the server runs: they share nothing but the file.
 
-def main(argv: Sequence[str] | None = None, make: Callable[..., Backfeedr] = Backfeedr,
-         open_store: Callable[..., Store] = Store) -> int:
-    """Runs a command. Returns 0, or 1 after an error; exits with 2 for wrong usage."""
-    with redirect_stdout(_escaped(sys.stdout)), redirect_stderr(_escaped(sys.stderr)):
-        try:
-            return _run(_parser().parse_args(argv), make, open_store)
-        except BrokenPipeError:  # nobody reads the output any more, nor what Python flushes when it exits
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            return 1
-        except (KeyboardInterrupt, SettingsError, StoreError, Refusal, OSError, UnicodeError, ImportError) as error:
-            problem = "interrupted" if isinstance(error, KeyboardInterrupt) else error
-            print(f"backfeedr: {problem}", file=sys.stderr)
-            return 1
-
-
-def _run(options: argparse.Namespace, make: Callable[..., Backfeedr], open_store: Callable[..., Store]) -> int:
-    overrides = {name: value for name, value in vars(options).items() if name in Settings.__dataclass_fields__}
-    if options.command == "check":
-        return _run_checks(overrides)
-    if options.command == "help":
-        print(options.handbook_text)
-        return 0
-    if options.command == "serve":
-        _restart_compiled()
-        serve(Settings.from_env(**overrides), make)
-        return 0
-    settings = Settings.from_env(**overrides)
-    retention_days = settings.retention_days if os.environ.get("BACKFEEDR_RETENTION_DAYS") else None
-    may_create = options.command in ("app_create", "import")
-    with open_store(settings.db_path, retention_days=retention_days, may_create=may_create) as store:
-        if message := getattr(Commands(store, options, settings), "do_" + options.command)():
-            print(message, file=sys.stderr)
-    return 0
-
-
-def _restart_compiled() -> None:
-    """Replaces this process, if it runs the script, with one that runs the same code as a compiled module: Python keeps
-    the syntax tree of a script until it ends, 22 MB. Does nothing if Python cannot store a compiled module beside the
-    script, if it was told to ignore the environment, or if it is older than 3.10."""
-    frame, loader, path = sys._getframe(), globals().get("__loader__"), os.pathsep.join(map(str, sys.path))
-    while frame.f_back:
-        frame = frame.f_back
-    if not isinstance(loader, SourceFileLoader) or not hasattr(sys, "orig_argv"):
-        return
-    is_script = frame.f_globals is globals() and loader.path == __file__ and __file__.endswith(".py")  # not a profiler
-    keeps_path = not sys.flags.ignore_environment and path.split(os.pathsep) == sys.path
-    if not is_script or not keeps_path or sys.dont_write_bytecode:
-        return
-    with suppress(OSError):
-        status, compiled = os.stat(__file__), cache_from_source(__file__)
-        times = struct.pack("<3I", 0, int(status.st_mtime) & 0xFFFFFFFF, status.st_size & 0xFFFFFFFF)  # by PEP 552
-        content = MAGIC_NUMBER + times + marshal.dumps(frame.f_code)  # what runs, never what was stored before
-        loader.set_data(compiled, content)  # does nothing if it cannot write
-        if Path(compiled).read_bytes() == content:
-            os.execve(sys.executable, [*sys.orig_argv[:-len(sys.argv)], compiled, *sys.argv[1:]],
-                      {**os.environ, "PYTHONPATH": path})  # packages may be beside the script
-
-
-class CommandParser(argparse.ArgumentParser):
-    """A parser that suggests the right word for a misspelt one, on every Python in the same words."""
-
-    def __init__(self, **options: Any):
-        super().__init__(**options)
-        self.suggest_on_error = False  # what Python 3.15 says by itself
-
-    def error(self, message: str) -> Any:
-        invalid = re.search(r"invalid choice: ('?[a-z].*) \(choose from (.+)\)", message)
-        similar = invalid and get_close_matches(invalid[1].strip("'"), re.findall(r"[\w-]+", invalid[2]), 1)
-        super().error(f"{message}; did you mean {similar[0]}?" if similar else message)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(prog="backfeedr", description=(
-        "Crash reports and usage figures for iOS apps, on your own host. Without a command, it serves."))
-    parser.add_argument("--version", action="version", version=f"backfeedr {__version__}")
-    actions = {"": parser.add_subparsers(title="commands", metavar="COMMAND")}  # by noun
-    for name, text, arguments in (("", "", _SERVE_OPTIONS), *_COMMANDS):  # "": no command
-        noun, _, verb = name.rpartition(" ")
-        if noun not in actions:
-            verbs = [command.split()[1] for command, *_ in _COMMANDS if command.startswith(noun + " ")]
-            noun_parser = actions[""].add_parser(noun, help=", ".join(verbs))
-            actions[noun] = noun_parser.add_subparsers(metavar="ACTION", required=True)
-        subparser = actions[noun].add_parser(verb, help=text, description=text) if name else parser
-        subparser.set_defaults(command=name.replace(" ", "_") or "serve")
-        for argument, details in {**_DB_OPTION, **arguments}.items():
-            subparser.add_argument(argument, **details)
-    return parser
+_REPORT_TYPES: dict[str, Any] = {"crashes": Crash, "events": Event}
 
 
 class Commands:
@@ -8347,6 +8315,109 @@ def _run_checks(overrides: dict[str, Any]) -> int:
     return status
 
 
+def _print_table(titles: str, rows: Sequence[Sequence[Any]]) -> None:
+    lines = [titles.split(", "), *rows]
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def _date(time_ms: int | None) -> str:
+    return "-" if time_ms is None else iso_time(time_ms)[:10]
+
+
+# == Command line ==============================================================
+# How a command is called. To add one, write a method of Commands and a row of _COMMANDS.
+
+def main(argv: Sequence[str] | None = None, make: Callable[..., Backfeedr] = Backfeedr,
+         open_store: Callable[..., Store] = Store) -> int:
+    """Runs a command. Returns 0, or 1 after an error; exits with 2 for wrong usage."""
+    with redirect_stdout(_escaped(sys.stdout)), redirect_stderr(_escaped(sys.stderr)):
+        try:
+            return _run(_parser().parse_args(argv), make, open_store)
+        except BrokenPipeError:  # nobody reads the output any more, nor what Python flushes when it exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 1
+        except (KeyboardInterrupt, SettingsError, StoreError, Refusal, OSError, UnicodeError, ImportError) as error:
+            problem = "interrupted" if isinstance(error, KeyboardInterrupt) else error
+            print(f"backfeedr: {problem}", file=sys.stderr)
+            return 1
+
+
+def _run(options: argparse.Namespace, make: Callable[..., Backfeedr], open_store: Callable[..., Store]) -> int:
+    overrides = {name: value for name, value in vars(options).items() if name in Settings.__dataclass_fields__}
+    if options.command == "check":
+        return _run_checks(overrides)
+    if options.command == "help":
+        print(options.handbook_text)
+        return 0
+    if options.command == "serve":
+        _restart_compiled()
+        serve(Settings.from_env(**overrides), make)
+        return 0
+    settings = Settings.from_env(**overrides)
+    retention_days = settings.retention_days if os.environ.get("BACKFEEDR_RETENTION_DAYS") else None
+    may_create = options.command in ("app_create", "import")
+    with open_store(settings.db_path, retention_days=retention_days, may_create=may_create) as store:
+        if message := getattr(Commands(store, options, settings), "do_" + options.command)():
+            print(message, file=sys.stderr)
+    return 0
+
+
+def _restart_compiled() -> None:
+    """Replaces this process, if it runs the script, with one that runs the same code as a compiled module: Python keeps
+    the syntax tree of a script until it ends, 22 MB. Does nothing if Python cannot store a compiled module beside the
+    script, if it was told to ignore the environment, or if it is older than 3.10."""
+    frame, loader, path = sys._getframe(), globals().get("__loader__"), os.pathsep.join(map(str, sys.path))
+    while frame.f_back:
+        frame = frame.f_back
+    if not isinstance(loader, SourceFileLoader) or not hasattr(sys, "orig_argv"):
+        return
+    is_script = frame.f_globals is globals() and loader.path == __file__ and __file__.endswith(".py")  # not a profiler
+    keeps_path = not sys.flags.ignore_environment and path.split(os.pathsep) == sys.path
+    if not is_script or not keeps_path or sys.dont_write_bytecode:
+        return
+    with suppress(OSError):
+        status, compiled = os.stat(__file__), cache_from_source(__file__)
+        times = struct.pack("<3I", 0, int(status.st_mtime) & 0xFFFFFFFF, status.st_size & 0xFFFFFFFF)  # by PEP 552
+        content = MAGIC_NUMBER + times + marshal.dumps(frame.f_code)  # what runs, never what was stored before
+        loader.set_data(compiled, content)  # does nothing if it cannot write
+        if Path(compiled).read_bytes() == content:
+            os.execve(sys.executable, [*sys.orig_argv[:-len(sys.argv)], compiled, *sys.argv[1:]],
+                      {**os.environ, "PYTHONPATH": path})  # packages may be beside the script
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that suggests the right word for a misspelt one, on every Python in the same words."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.suggest_on_error = False  # what Python 3.15 says by itself
+
+    def error(self, message: str) -> Any:
+        invalid = re.search(r"invalid choice: ('?[a-z].*) \(choose from (.+)\)", message)
+        similar = invalid and get_close_matches(invalid[1].strip("'"), re.findall(r"[\w-]+", invalid[2]), 1)
+        super().error(f"{message}; did you mean {similar[0]}?" if similar else message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(prog="backfeedr", description=(
+        "Crash reports and usage figures for iOS apps, on your own host. Without a command, it serves."))
+    parser.add_argument("--version", action="version", version=f"backfeedr {__version__}")
+    actions = {"": parser.add_subparsers(title="commands", metavar="COMMAND")}  # by noun
+    for name, text, arguments in (("", "", _SERVE_OPTIONS), *_COMMANDS):  # "": no command
+        noun, _, verb = name.rpartition(" ")
+        if noun not in actions:
+            verbs = [command.split()[1] for command, *_ in _COMMANDS if command.startswith(noun + " ")]
+            noun_parser = actions[""].add_parser(noun, help=", ".join(verbs))
+            actions[noun] = noun_parser.add_subparsers(metavar="ACTION", required=True)
+        subparser = actions[noun].add_parser(verb, help=text, description=text) if name else parser
+        subparser.set_defaults(command=name.replace(" ", "_") or "serve")
+        for argument, details in {**_DB_OPTION, **arguments}.items():
+            subparser.add_argument(argument, **details)
+    return parser
+
+
 class _SafeTerminal:
     """A terminal that text from reports cannot control. Characters that move the cursor, start an escape sequence or
     reverse the direction of text are written as in JSON; tabs and line ends stay."""
@@ -8367,17 +8438,6 @@ class _SafeTerminal:
 def _escaped(out: TextIO) -> Any:
     """The stream for text from reports: escaped on a terminal, unchanged to a pipe or a file."""
     return _SafeTerminal(out) if out and out.isatty() else out  # a process may have no `out`
-
-
-def _print_table(titles: str, rows: Sequence[Sequence[Any]]) -> None:
-    lines = [titles.split(", "), *rows]
-    widths = [max(len(str(cell)) for cell in column) for column in zip(*lines)]
-    for line in lines:
-        print("  ".join(str(cell).ljust(width) for cell, width in zip(line, widths)).rstrip())
-
-
-def _date(time_ms: int | None) -> str:
-    return "-" if time_ms is None else iso_time(time_ms)[:10]
 
 
 def _parse_date(text: str) -> int:
@@ -8410,9 +8470,6 @@ def _read_handbook(topic: str) -> str:
         raise argparse.ArgumentTypeError(f"invalid choice: {topic!r} (choose from {', '.join(topics)})")
     summaries = [f"{name:12}{text.strip().splitlines()[0]}" for name, text in topics.items()]
     return topics[topic].strip() if topic else "\n".join(summaries)
-
-
-_REPORT_TYPES: dict[str, Any] = {"crashes": Crash, "events": Event}
 _UNSET = {"default": argparse.SUPPRESS}  # an option that is not given leaves the setting to the environment
 _DB_OPTION = {"--db": dict(dest="db_path", metavar="FILE", help="the database (default: backfeedr.db)", **_UNSET)}
 _SERVE_OPTIONS = {"--host": dict(help="the address to listen on (default: 127.0.0.1)", **_UNSET),
