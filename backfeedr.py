@@ -1987,10 +1987,6 @@ def columns_getter(kind: Any, *names: str) -> Callable[[Any], Any]:
     return itemgetter(*map(kind._fields.index, names))
 
 
-_OCCURRED_AT = {kind: columns_getter(kind, "occurred_at") for kind in COUNTED}
-_SENT_TYPE = {Crash: columns_getter(Crash, "exception_type"), Event: columns_getter(Event, "type")}
-_COUNTED_COLUMNS = {kind: itemgetter(*range(6), *(6 + kind._fields.index(name) for name in counted._fields[6:]))
-                    for kind, counted in COUNTED.items()}
 _TIMES, _RUN = (columns_getter(COUNTED[Event], *names.split()) for names in (
     "at received_at", "app_id device_id_hash session_id app_version"))
 
@@ -2027,19 +2023,18 @@ def counted_rows(db: Any, kind: type, source: str, keys: Sequence[Row] = ((),)) 
     return CountedReports(map(COUNTED[kind]._make, rows_of(db, query, keys)))
 
 
-def counted_reports(kind: type, app_id: int, seqs: Sequence[int], received: Sequence[int], ahead: Sequence[int],
+def counted_reports(kind: Any, app_id: int, seqs: Sequence[int], received: Sequence[int], ahead: Sequence[int],
                     flags: Sequence[int], reports: Reports) -> CountedReports:
     """Reports that are about to be stored, as the figures see them."""
-    sent_types = map(_SENT_TYPE[kind], reports)
-    if any(flags):
-        reports = [report._replace(**{name: OTHER for name, flag in OTHER_FLAGS.items() if flag & bits})
-                   for report, bits in zip(reports, flags)]
-    at = list(map(_OCCURRED_AT[kind], reports))
+    columns: dict[str, Any] = dict(zip(kind._fields, zip(*reports)))
+    at = columns["occurred_at"]
     if any(ahead) or min(at) < EARLIEST_PLAUSIBLE or max(at) > min(received) + MAX_SKEW:  # few: else they count as sent
         at = list(map(counted_at, at, received, ahead))
-    days = map(floordiv, at, repeat(DAY))
-    columns = _COUNTED_COLUMNS[kind]((seqs, repeat(app_id), received, at, days, sent_types, *zip(*reports)))
-    return CountedReports(map(_MAKE_COUNTED[kind], zip(*columns)))
+    columns.update(seq=seqs, app_id=repeat(app_id), received_at=received, at=at, day=map(floordiv, at, repeat(DAY)),
+                   sent_type=columns.get("exception_type"))
+    for name in OTHER_FLAGS.keys() & columns.keys() if any(flags) else ():
+        columns[name] = [OTHER if OTHER_FLAGS[name] & bits else value for value, bits in zip(columns[name], flags)]
+    return CountedReports(map(_MAKE_COUNTED[kind], zip(*map(columns.__getitem__, COUNTED[kind]._fields))))
 
 
 class Sums:
