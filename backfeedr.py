@@ -860,7 +860,8 @@ def _boolean(value: Any) -> bool:
 
 def _event_type(value: Any) -> str:
     if type(value) is str and value not in EVENT_TYPES:
-        raise Refusal("invalid event type", detail=f"it is not one of {', '.join(EVENT_TYPES)}")
+        raise Refusal("invalid event type", detail=(
+            f"it is not one of {', '.join(EVENT_TYPES)}; an event of your own is custom and has a name"))
     return _required_text(value)
 
 
@@ -1264,7 +1265,8 @@ def _decode_piece(decoder: json.JSONDecoder, text: str) -> Any:
 def _metrickit_diagnostics(payload: JsonObject) -> Iterator[Diagnostic]:
     kinds = [name for name in payload if re.search(r"\wDiagnostics?\Z", name)]
     if not kinds and not payload.keys() & {"timeStampBegin", "timeStampEnd", "timeRange"}:
-        raise Refusal(UNKNOWN_FORMAT, detail="the object is neither a MetricKit payload nor an .ips file")
+        hint = "; POST a crash of our own form to /api/v1/crashes" if "exception_type" in payload else ""
+        raise Refusal(UNKNOWN_FORMAT, detail="the object is neither a MetricKit payload nor an .ips file" + hint)
     span, environment = _member(payload, "timeRange", dict), _member(payload, "environment", dict)
     occurred_at = _apple_time(
         payload.get("timeStampEnd"), payload.get("timeStampBegin"), span.get("end"), span.get("begin"))
@@ -1502,6 +1504,8 @@ def parse_crash_body(body: bytes) -> Crash:
 
 
 def _read_diagnostics(text: str) -> Iterable[Diagnostic]:
+    if not text.strip():
+        raise Refusal(UNKNOWN_FORMAT, detail="the body is empty")
     try:
         objects, problem = [_decode_nested(text)], ""
     except ValueError as error:
@@ -3066,7 +3070,7 @@ Decision = namedtuple("Decision", "state changed_at fixed_in until crashes_left 
 def parse_triage(fields: JsonObject, now: int) -> JsonObject:
     """The changes in a PATCH, with times in milliseconds. Raises Refusal, also for a typo: it must not go unnoticed."""
     if unknown := [name for name in fields if name not in TRIAGE_FIELDS]:
-        raise Refusal("invalid field", detail=f"{unknown[0][:MAX_TEXT]!r} is none of {', '.join(TRIAGE_FIELDS)}")
+        raise Refusal("invalid field", detail=f"{unknown[0][:MAX_TEXT]!r} is not one of {', '.join(TRIAGE_FIELDS)}")
     if not fields:
         raise Refusal("missing state", detail=f"there is none of {', '.join(TRIAGE_FIELDS)}")
     changes = {}
@@ -3084,7 +3088,7 @@ def _triage_value(name: str, value: Any, now: int) -> Any:
             raise ValueError(f"is not a whole number from 1 to {(1 << 31) - 1}")
         return value
     if name == "state" and value not in tuple(STATES):
-        raise ValueError(f"is none of {', '.join(STATES)}")
+        raise ValueError(f"is not one of {', '.join(STATES)}")
     if type(value) is not str or not value.strip():
         raise ValueError("is empty or not text")
     if name != "until":
@@ -3752,7 +3756,8 @@ def _prepare_file(path: Path, may_create: bool) -> None:
                     log.warning("waiting for another process, which may be upgrading the database")
                 time.sleep(0.01)  # SQLite does not wait for a lock when it changes to WAL
     except (OSError, sqlite3.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = (f"there is no folder {path.parent}" if isinstance(error, FileNotFoundError)
+                  else "it is a folder" if path.is_dir() else getattr(error, "strerror", error))
         hint = DB_PATH_HINT if type(error) is sqlite3.DatabaseError else ""  # not a database; a lock raises a subclass
         raise StoreError(f"cannot open the database {path}: {reason}{hint}") from None
 
@@ -3956,12 +3961,16 @@ class Apps(Database):
                         join apps on apps.id = app_id order by keys.created_at, prefix""")]
 
     def revoke_key(self, key: str) -> Key:
-        """Revokes the one active key that has this prefix or hash, or is this key; returns it. Raises StoreError."""
+        """Revokes the one active key that has this prefix or hash, or is this key; returns it. Raises StoreError, also
+        for a short prefix: nobody can send with a key that was revoked by mistake, and phones cannot get another."""
         prefix = key[:-3] if key.endswith("...") else key  # `key list` prints prefixes with an ellipsis
+        digits = re.sub("^bf_(live|test)_", "", prefix)
         matches = [stored for stored in self.keys() if stored.revoked_at is None and prefix and (
-            stored.prefix.startswith(prefix) or stored.hash in (prefix, sha256(prefix).hex()))]
+            stored.prefix.startswith(prefix) and (len(digits) >= 4 or stored.prefix == prefix)
+            or stored.hash in (prefix, sha256(prefix).hex()))]
         if len(matches) != 1:
-            raise StoreError(f"{len(matches) or 'no'} active keys begin with {prefix!r}: see 'key list'")
+            raise StoreError(f"{prefix!r} names {len(matches) or 'no'} active keys; give at least 4 characters after"
+                             " bf_live_ or bf_test_: see 'key list'")
         with self.writing() as db:
             db.execute("update keys set revoked_at = ? where key_hash = ?", (self.now, bytes.fromhex(matches[0].hash)))
         return matches[0]._replace(revoked_at=self.now)
@@ -5038,11 +5047,17 @@ def _apprise_sender(url: str) -> Any:
     return sender
 
 
+_CHAT_ADDRESSES = {"hooks.slack.com": "slack+https://hooks.slack.com/...", "ntfy.sh": "ntfy+https://ntfy.sh/TOPIC",
+                   "discord.com": "slack+https://discord.com/.../slack"}  # by host, which takes no signed webhooks
+
+
 def check_address(url: str) -> str:
     """The scheme of a channel's address. Raises StoreError if nothing can be sent there."""
     with suppress(ValueError):  # from urlsplit() or .port
         parts = urlsplit(url)
         is_url = bool(re.fullmatch("[!-~]+", url) and parts.netloc)
+        if parts.scheme in ("https", "http") and parts.hostname in _CHAT_ADDRESSES:
+            raise StoreError(f"the address of a channel there is like {_CHAT_ADDRESSES[parts.hostname]}")
         if is_url and parts.scheme not in CHANNELS:
             _apprise_sender(url)
             return parts.scheme
@@ -5054,10 +5069,10 @@ def check_address(url: str) -> str:
 
 
 def redacted_address(url: str) -> str:
-    """An address without its secrets: its scheme, the host if it is an HTTP address, and a hint."""
+    """An address without its secrets: its scheme, host and port if it is an HTTP address, and a hint."""
     parts = urlsplit(url)
     is_http = parts.scheme.endswith(("http", "https"))  # elsewhere, the place of the host may have a token
-    start = f"{parts.scheme}://{parts.hostname if is_http else ''}"
+    start = f"{parts.scheme}://{parts.netloc.rpartition('@')[2] if is_http else ''}"
     secret = url.partition(parts.netloc if is_http else "://")[2]
     ending = "/" * is_http + "..." + secret[-4:] * (len(secret) >= 12)
     return start + ending if secret else start
@@ -5400,7 +5415,7 @@ class PublicMetrics:
         """The latest 100 releases: the last to appear first, or for `sort` "version" the highest first. Rates are null
         without sessions or devices, and a verdict is null without an earlier release."""
         if sort not in (None, "version", "first_seen"):
-            raise Refusal("invalid sort")
+            raise Refusal("invalid sort", detail="it is not one of version, first_seen")
         with self._snapshot(app) as (db, app_id):
             seen = SeenReleases(db, app_id)
             rows = seen.latest(self._last_days(WEEK_DAYS))
@@ -5563,9 +5578,9 @@ class GroupMetrics(PublicMetrics):
         of STATE_CONDITIONS; without `version` or `days`, resolved, muted and regressed groups need no stored crash. A
         group `is_new` if first seen in `version`, or without a version, first received within 7 days."""
         if state not in STATE_CONDITIONS:
-            raise Refusal("invalid state", detail=f"it is none of {', '.join(filter(None, STATE_CONDITIONS))}")
+            raise Refusal("invalid state", detail=f"it is not one of {', '.join(filter(None, STATE_CONDITIONS))}")
         if sort not in (None, *SORT_COLUMNS):
-            raise Refusal("invalid sort")
+            raise Refusal("invalid sort", detail=f"it is not one of {', '.join(SORT_COLUMNS)}")
         column = SORT_COLUMNS[sort or "crashes"]
         value, group = _parse_cursor(cursor, r"([0-9]{1,18})-([0-9a-f]{16}|\(other\))", (MAX_NUMBER, ""))
         shown_days: Sequence[int | None] = self._last_days(days) if days else [None]
@@ -5715,7 +5730,8 @@ class GroupMetrics(PublicMetrics):
             from crashes
             where app_id = :app_id and group_hash = :group_hash and {RECEIVED_AT} >= :since
                 and {COUNTED_AT} / {DAY} between :first and :last""", group).fetchone()
-        return {"devices": devices, "score": of_newest * 0.5 ** (max(0, self._store.now - group["last_seen"]) / DAY)}
+        return {"devices": devices, "of_newest": of_newest,
+                "score": of_newest * 0.5 ** (max(0, self._store.now - group["last_seen"]) / DAY)}
 
     def neighbours(self, crash: JsonObject, app: str | None = None) -> tuple[str | None, str | None]:
         """The ids of the crashes before and after this one in its group, or None."""
@@ -6028,7 +6044,7 @@ def _parameters(query: Mapping[str, str], *names: str) -> dict[str, Any]:
         if name in values:
             values[name] = int(values[name]) if re.fullmatch("[0-9]{1,3}", values[name]) else 0
             if not 1 <= values[name] <= highest:
-                raise Refusal(f"invalid {name}")
+                raise Refusal(f"invalid {name}", detail=f"it is not a whole number from 1 to {highest}")
     return {name: values[name] for name in names if values.get(name)}
 
 
@@ -6325,8 +6341,9 @@ def _text_sections(group: JsonObject) -> Iterator[tuple[str, str]]:
 
 def _group_title(group: JsonObject) -> str:
     """The app's function that crashes, or its binary and offset, or else the exception type, or the group's hash."""
-    frame = read_frame({"symbol": group["place"]})
-    return canonical_name(frame.symbol) or frame.title or group["exception_type"] or group["group_hash"]
+    place = group["place"]
+    is_binary = re.fullmatch(r"[\w. -]+ \+ [0-9]+", place)  # or a function in C, whose offset does no harm
+    return (place if is_binary else canonical_name(place)) or place or group["exception_type"] or group["group_hash"]
 
 
 _KNOWN_FRAME_FIELDS = {*chain.from_iterable(_FRAME_FIELDS.values()), "frame", "in_app", "symbolicated", "inlined"}
@@ -6440,7 +6457,7 @@ button, summary { cursor: pointer; } button:hover { border-color: var(--ink); }
   time::after { content: ", " attr(title); color: var(--soft); font-size: 0.9em; }
   a, nav a, .brand, summary, .plain, label:has([type=checkbox]) { padding-block: 12px; }
   header nav { order: 1; flex-basis: 100%; column-gap: 0.8rem; } .brand { flex: 1; }
-  .apps { flex-wrap: nowrap; overflow-x: auto; white-space: nowrap; }
+  .apps { flex-wrap: nowrap; overflow-x: auto; white-space: nowrap; } .apps [aria-current] { order: -1; }
 }
 """
 
@@ -6522,13 +6539,13 @@ class PageRequest:
         return response
 
     def time_html(self, time: str | int) -> str:
-        """HTML for a time, as text or in milliseconds: its age, or its date if it is old. A tooltip is exact."""
+        """HTML for a time, as text or in milliseconds: its age, or its date if it is old. A tooltip has the rest."""
         at = parse_time(time) if isinstance(time, str) else time
         exact, age = iso_time(at)[:19].replace("T", " "), self.now - at
         units = [(DAY, "d"), (HOUR, "h"), (MINUTE, "min")]
         age_text = next((f"{age // unit} {name} ago" for unit, name in units if age >= unit), "just now")
-        shown = age_text if -MAX_SKEW <= age < 100 * DAY else exact[:10]
-        return f'<time datetime="{iso_time(at)}" title="{exact}">{shown}</time>'
+        shown, title = (age_text, exact) if -MAX_SKEW <= age < 100 * DAY else (exact[:10], exact[11:])
+        return f'<time datetime="{iso_time(at)}" title="{title}">{shown}</time>'
 
     def value_html(self, value: Any) -> str:
         """HTML for a percentage, a count or a time."""
@@ -6871,6 +6888,8 @@ _GROUP_COLUMN = ("Crash", """
 % brief = (page.app_names(row), row["exception_type"] if row["place"] else "", shorten(row["exception_reason"]))
 <span class="brief soft"><bdi>{{": ".join(filter(None, brief))}}</bdi></span>""", "main")
 _CRASHES_COLUMN = ("Crashes", '{{number(row["count"])}}', "number")
+_SCORED_DEVICES_COLUMN = ("Devices", """{{number(row["devices"])}} <small>
+{{"({:,} in newest)".format(row["of_newest"]) if row["of_newest"] != row["devices"] else ""}}</small>""", "number")
 _VERSION_COLUMN = ("Version", '<bdi>{{shorten(row.get("app_version", ""), 40)}}</bdi>', "bare")
 _DEVICE_COLUMN = ("Device", '{{!device_html(row.get("device_model", ""))}}', "bare")
 _RELEASE_COLUMN = ("Version", """\
@@ -7016,9 +7035,9 @@ _TEMPLATES = {name: bottle.SimpleTemplate(source) for name, source in {
 <div class="grid"><section><h2>New or regressed in the last 7 days: {{number(new_count)}}</h2>
 """ + _table("new", _GROUP_COLUMN, _CRASHES_COLUMN, "Last seen", empty="No new or regressed crashes.") + """</section>
 <section><h2><a href="{{link("/crashes", days=7)}}">To fix first</a></h2>
-""" + _table("first", _GROUP_COLUMN, "Devices", _CRASHES_COLUMN, "Last seen", empty="No crashes in the last 7 days.",
-                    note="""Ranked by the number of devices that crashed in the newest release in the last 7 days,
-halved for each day since the last crash.""") + """</section></div>
+""" + _table("first", _GROUP_COLUMN, _SCORED_DEVICES_COLUMN, _CRASHES_COLUMN, "Last seen",
+                    empty="No crashes in the last 7 days.", note="""Ranked by the number of devices that crashed in the
+newest release in the last 7 days, halved for each day since the last crash.""") + """</section></div>
 """ + _TILE_GRID + """<div class="grid"><section><h2>Exception types, 30 days</h2>{{!bar_chart(types)}}</section>
 <section><h2>Crashing devices, 30 days</h2>{{!bar_chart(devices)}}</section></div>
 """,
@@ -8170,6 +8189,8 @@ class Commands:
 
     def do_app_delete(self) -> str:
         name = self.options.NAME
+        with self.store.reading() as db:
+            self.store.find_app(db, name)  # raises an error before it asks
         if not self.options.yes:
             if sys.stdin is None or not sys.stdin.isatty():
                 raise StoreError(f"there is no terminal to confirm on; --yes deletes {name!r} without asking")

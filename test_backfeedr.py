@@ -907,7 +907,8 @@ DETAILS = [
     (EVENTS, changed(EVENT, occurred_at=[1]), "occurred_at is not a time like 2026-03-12T14:22:31Z"),
     (EVENTS, changed(EVENT, occurred_at=1e18), "occurred_at is not within the years 1 to 9999"),
     (CRASHES, changed(CRASH, exception_type=5), "exception_type is a number, not text"),
-    (EVENTS, changed(EVENT, type="launch"), "it is not one of session_start, session_end, error, custom"),
+    (EVENTS, changed(EVENT, type="launch"), "it is not one of session_start, session_end, error,"
+     " custom; an event of your own is custom and has a name"),
     (BATCH, b'{"events": {}}', "events is an object, not a list"),
     (BATCH, batch_of(EVENT, "x"), "it is text, not an object"), (CRASHES, b"{}", None)]
 
@@ -1535,12 +1536,13 @@ def test_a_file_is_read_whatever_is_around_its_body(body):
 
 UNREADABLE = [
     *[(body, "unknown report format", detail) for body, detail in [
-        (b"", "Expecting value: line 1 column 1 (char 0)"), (b"hello", "Expecting value: line 1 column 1 (char 0)"),
+        (b"", "the body is empty"), (b" \n", "the body is empty"),
+        (b"hello", "Expecting value: line 1 column 1 (char 0)"),
         (b"\xff", "it is not UTF-8"), (b"[]", "the body is a list, not an object"),
         (b"1", "the body is a number, not an object"),
         (b"{}", "the object is neither a MetricKit payload nor an .ips file"),
-        ({**CRASH, "threads": [], "exception": {}}, "the object is neither a MetricKit payload nor an .ips file"),
-        (json.dumps(CRASH).encode(), "the object is neither a MetricKit payload nor an .ips file"),
+        *((body, "the object is neither a MetricKit payload nor an .ips file; POST a crash of our own form to"
+           " /api/v1/crashes") for body in ({**CRASH, "threads": [], "exception": {}}, json.dumps(CRASH).encode())),
         (b'{"crashDiagnostics": [1, 2', "Expecting ',' delimiter: line 1 column 27 (char 26)"),
         (b'{"crashDiagnostics": []} x', "Extra data: line 1 column 26 (char 25)"),
         (b'{"crashDiagnostics": [NaN]}', "a number is out of range"),
@@ -3113,14 +3115,20 @@ def test_a_revoked_key_is_refused_at_once_but_not_the_other_keys_of_its_app(serv
     assert [app.keys for app in api.server.store.apps()] == [1]
 
 
-def test_no_key_is_revoked_unless_exactly_one_active_key_matches(api):
+def test_no_key_is_revoked_unless_four_characters_or_all_that_is_shown_name_exactly_one_active_key(api, serve):
     store = api.server.store
     revoked, other = store.create_key("default"), store.create_key("default")
     store.revoke_key(revoked)
     for key in ("bf_live_", "", "bf_live_zz", "x", revoked):
-        with pytest.raises(StoreError, match="active keys begin with"):
+        with pytest.raises(StoreError, match="names (no|2) active keys"):
             store.revoke_key(key)
         assert [api.post(CRASHES, CRASH, key=each)[0] for each in (KEY, other, revoked)] == [201, 201, 401]
+    store.revoke_key(other[:12])
+    for key in ("b", "bf_live_", KEY[:11], KEY[:11] + "..."):
+        with pytest.raises(StoreError, match="names no active keys; give at least 4 characters"):
+            store.revoke_key(key)
+        assert api.post(CRASHES, CRASH)[0] == 201
+    assert serve(api_key="my-own").store.revoke_key("my").prefix == "my", "all that is shown of a short key"
 
 
 def test_an_app_needs_a_valid_unique_name_and_a_reader_cannot_write(api):
@@ -5343,10 +5351,22 @@ def test_other_addresses_go_through_apprise_if_it_is_installed(serve, clock, mon
     assert "pip install" in server.alerts.channels()[0]["error"]
 
 
+@pytest.mark.parametrize("url, hint", [
+    ("https://hooks.slack.com/services/T0/B0/x", "slack+https://hooks.slack.com/..."),
+    ("https://discord.com/api/webhooks/1/x", "slack+https://discord.com/.../slack"),
+    ("http://ntfy.sh/topic", "ntfy+https://ntfy.sh/TOPIC")])
+def test_the_address_that_a_chat_gives_is_refused_with_the_form_that_works(serve, url, hint):
+    alerts = serve().alerts
+    with pytest.raises(StoreError) as refused:
+        alerts.add(url)
+    assert str(refused.value) == f"the address of a channel there is like {hint}" and alerts.channels() == []
+    assert alerts.add(hint.partition("+")[0] + "+" + url)[0] == 1
+
+
 @pytest.mark.parametrize("url, shown", [
     ("https://hooks.slack.com/services/T0/B0/abcdefgh", "https://hooks.slack.com/...efgh"),
     ("slack+https://hooks.slack.com/services/T0/B0/abcdefgh", "slack+https://hooks.slack.com/...efgh"),
-    ("https://user:password@example.com:8443/a?token=abcdefghijkl", "https://example.com/...ijkl"),
+    ("https://user:password@example.com:8443/a?token=abcdefghijkl", "https://example.com:8443/...ijkl"),
     ("ntfy+https://ntfy.sh/topic", "ntfy+https://ntfy.sh/..."), ("https://example.com", "https://example.com"),
     ("https://e.com/abcdefghijk", "https://e.com/...hijk"), ("https://e.com/abcdefghij", "https://e.com/..."),
     ("tgram://123456:bottoken/ChatID", "tgram://...atID"), ("pover://user@tok", "pover://...")])
@@ -6135,8 +6155,9 @@ def test_releases_are_sorted_by_first_appearance_or_version_and_name_apps_only_t
                             ("&sort=version", ["2.0-rc.1", "1.10", "1.9"])):
         releases = api.get("/api/v1/releases?app=default" + query)[1]["releases"]
         assert [row["app_version"] for row in releases] == expected
-    assert api.get("/api/v1/releases?sort=x") == api.get(CRASHES + "?sort=x", **ADMIN) \
-        == (400, {"error": "invalid sort"})
+    for path, sorts in (("/api/v1/releases", "version, first_seen"), (CRASHES, ", ".join(backfeedr.SORT_COLUMNS))):
+        assert api.get(path + "?sort=x", **ADMIN) == (400, {
+            "error": "invalid sort", "detail": f"it is not one of {sorts}"})
     assert [[row.get("app") for row in api.get("/api/v1/releases" + query, **headers)[1]["releases"]]
             for query, headers in (("", {}), ("", ADMIN), ("?app=default", {}))] == [
         [None] * 3, ["default"] * 3, ["default"] * 3]
@@ -7374,7 +7395,7 @@ OWN = [frame["symbol"] for frame in FULL["stack_trace"] if frame.get("file")]
         "Time Action 14:22 Cart tap 00:00", "Crashes 1 Devices 1", '<li title=""><code><bdi>UIApplicationMain',
         *(f'<li class="own" title=""><code><bdi>{symbol}</bdi>' for symbol in OWN)]}),
     ([{**CRASH, "occurred_at": "2031-01-02T03:04:05Z"}],
-     {"/crashes/{group}": ['title="2031-01-02 03:04:05">2031-01-02<']})])
+     {"/crashes/{group}": ['title="03:04:05">2031-01-02<']})])
 def test_each_page_shows_its_figures_or_says_what_to_do(api, person, reports, texts_by_path):
     group = ""
     for report in reports:
@@ -7499,6 +7520,16 @@ def test_hostile_text_stays_indented_in_the_fences_of_an_export(api, person):
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", text)
 
 
+@pytest.mark.parametrize("frame, title", [
+    ({"binary": "Shop", "offset": 1280, "path": "/x/Shop.app/Shop"}, "Shop + 1280"),
+    ({"binary": "My Shop", "offset": 70000, "path": "/x/My Shop.app/My Shop"}, "My Shop + 70000"),
+    ({"symbol": "closure #1 in Cart.total() + 112", "file": "Cart.swift"}, "Cart.total()"), ({}, "SIGABRT")])
+def test_a_group_is_titled_by_its_function_without_what_compilers_add_or_by_its_binary_and_offset(
+        api, person, frame, title):
+    group = post_crash(api, stack_trace=[frame] if frame else [])
+    assert person.text(f"/crashes/{group}").startswith(f"{title} - backfeedr ")
+
+
 def test_the_overview_lists_new_groups_and_those_to_fix_first(api, clock, person):
     def crash(version, kinds, *devices):
         for kind, device in product(kinds, devices):
@@ -7526,6 +7557,7 @@ def test_the_overview_lists_new_groups_and_those_to_fix_first(api, clock, person
     assert [group["exception_type"] for group in first[2:]] == ["Stale", "Old"]
     text = person.text("/").split("Is the latest release worse?")[1].split("Crash-free")[0]
     assert re.search("2[.]0 .*New or regressed .* 7 days: 3 .*Back regressed .*To fix first .*Stale new 3 3 2 d", text)
+    assert re.search(r"Old 5 \(0 in newest\) 5 2 d", text), "the list says why it ranks below Stale"
     assert not re.search("Gone|Fixed|Muted", text) and "halved for each day since the last crash" in text
     api.server.store.create_app("Shop")
     assert api.server.metrics.attention("Shop") == {"new": [], "new_count": 0, "first": []}
@@ -8844,7 +8876,7 @@ def test_alert_commands_add_list_test_and_remove_channels_and_deliver_sends(comm
         note(server, app="Shop")
         lines = command("alert", "list")[1].splitlines()
         assert [line.split()[:3] for line in lines[1:]] == [
-            ["1", "http://127.0.0.1/...cret", "Shop"], ["2", "slack+http://127.0.0.1/...", "all"]]
+            ["1", f"{receiver.url}/...cret", "Shop"], ["2", f"slack+{receiver.url}/...", "all"]]
     assert command("deliver") == (0, "", "Messages sent: 2; failed: 0.\n")
     assert command("deliver") == (0, "", "Messages sent: 0; failed: 0.\n")
     assert command("alert", "test", "1") == (0, "", "Channel 1 accepted a test message.\n")
@@ -8853,10 +8885,10 @@ def test_alert_commands_add_list_test_and_remove_channels_and_deliver_sends(comm
     assert command("alert", "test", "1") == (1, "", "backfeedr: channel 1: it answered 404\n")
     assert "it answered 404" in command("alert", "list")[1]
     status, out, _ = command("check")
-    assert status == 0 and "\nWARN Channel 1 (http://127.0.0.1/...cret) has failed: it answered 404 at 20" in out
+    assert status == 0 and f"\nWARN Channel 1 ({receiver.url}/...cret) has failed: it answered 404 at 20" in out
     receiver.status = 410
     assert command("alert", "test", "2") == (1, "", "backfeedr: channel 2: it answered 410\n")
-    assert "\nWARN Channel 2 (slack+http://127.0.0.1/...) has ended: it answered 410 at 20" in command("check")[1]
+    assert f"\nWARN Channel 2 (slack+{receiver.url}/...) has ended: it answered 410 at 20" in command("check")[1]
     assert command("alert", "remove", "1") == (0, "", "Removed channel 1.\n")
     for verb in "remove", "test":
         assert command("alert", verb, "1") == (1, "", "backfeedr: there is no channel 1: see 'alert list'\n")
@@ -10548,13 +10580,14 @@ ERRORS = {  # variables (without BACKFEEDR_) and arguments of a command, and its
     "--host \u00fc..x": "cannot listen on *",
     "--port 0 --db junk.db": f"cannot open the database */junk.db: file is not a database{ANOTHER_FILE}",
     "--port 0 --db other.db": f"*/other.db is a database, but not one of backfeedr's{ANOTHER_FILE}",
-    "--port 0 --db no/x.db": "cannot open the database */no/x.db: No such file or directory",
-    "app create x --db no/x.db": "cannot open the database */no/x.db: No such file or directory",
+    "--port 0 --db no/x.db": "cannot open the database */no/x.db: there is no folder */no",
+    "app create x --db no/x.db": "cannot open the database */no/x.db: there is no folder */no",
     "app list": f"there is no database */backfeedr.db{ANOTHER_FILE}",
     "import nothing": "cannot read nothing: No such file or directory",
     "app create '' --db shop.db": "an app's name *", "app create \udcff --db shop.db": "an app's name *",
     "key create Nope --db shop.db": "there is no app named 'Nope'*",
-    "key revoke bf_live_zz --db shop.db": "no active keys begin with 'bf_live_zz'*",
+    "key revoke bf_live_zz --db shop.db": "'bf_live_zz' names no active keys; give at least 4 characters after *",
+    "app delete Nope --db shop.db": "there is no app named 'Nope'*", "--port 0 --db .": "cannot open the database *: it is a folder",
     "key revoke \udcff --db shop.db": "*can't encode*",
     "export events --bom --db shop.db": "--bom is for --format csv: *"}
 MISUSES = {  # arguments of a command, and the end of the line after its usage, without quotes
