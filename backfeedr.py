@@ -81,6 +81,11 @@ To make a change, edit:
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 9) and __name__ == "__main__":
+    sys.exit("backfeedr needs Python 3.9 or later, and this is " + sys.version.split()[0])
+
 import argparse
 import base64
 import csv
@@ -101,7 +106,6 @@ import signal
 import socket
 import sqlite3
 import struct
-import sys
 import tempfile
 import threading
 import time
@@ -7126,6 +7130,7 @@ on <bdi>{{parameters.get("device_id_hash", "all devices")}}</bdi>, oldest event 
 """ + _select("type", '[("", "all"), *types]', 'parameters.get("type", "")') + """</label>
 <label>Name <input name="name" value="{{parameters.get("name", "")}}"></label>
 <label>Session <input name="session_id"></label> <button>Show</button></form>
+<p class="note">The latest to arrive come first.</p>
 % end
 """ + _table(
         "events", ("Event", """{{row["type"]}} <b><bdi>{{shorten(row.get("name", ""), 80)}}</bdi></b>
@@ -7228,7 +7233,7 @@ revoked {{!time_html(row.revoked_at)}}
         empty="No channels, so nobody is notified of new or regressed crashes.") + """
 <details><summary>Add channel</summary>
 """ + _form("""<p class="note">An https webhook, slack+https or ntfy+https. With the package apprise installed,
-any address that it supports.</p>
+any address that it supports. <code>python backfeedr.py help alerts</code> explains the facts.</p>
 <p><label>Address <input name="url" size="30" required></label>
 <label>App """ + _select("app", '[("", "all live apps"), *(app.name for app in apps)]') + """</label></p><p>
 % for kind, is_on in fact_kinds.items():

@@ -10492,7 +10492,7 @@ def test_gunicorn_with_our_configuration_logs_nothing_about_malformed_requests(t
     ("gunicorn 'backfeedr:Backfeedr()'", "gunicorn", "gunicorn --bind=127.0.0.1:0")])
 def test_the_readmes_commands_for_other_wsgi_servers_serve_this_host_only(tmp_path, command, port, free):
     pytest.importorskip(re.match(r"\w+", command)[0])
-    assert f"`{command}`" in section("Put it into your own app").replace("\n", " ")
+    assert f"`{command}`" in section("Embed the server in a web app").replace("\n", " ")
     with running("bash", "-c", command.replace(port, free), cwd=tmp_path, **SECRETS, PATH=PROGRAMS,
                  PYTHONPATH=str(SERVER.parent)) as process:
         check_stores_a_crash(printed(process, URL)[0], tmp_path / "backfeedr.db")
@@ -10587,7 +10587,8 @@ ERRORS = {  # variables (without BACKFEEDR_) and arguments of a command, and its
     "app create '' --db shop.db": "an app's name *", "app create \udcff --db shop.db": "an app's name *",
     "key create Nope --db shop.db": "there is no app named 'Nope'*",
     "key revoke bf_live_zz --db shop.db": "'bf_live_zz' names no active keys; give at least 4 characters after *",
-    "app delete Nope --db shop.db": "there is no app named 'Nope'*", "--port 0 --db .": "cannot open the database *: it is a folder",
+    "app delete Nope --db shop.db": "there is no app named 'Nope'*",
+    "--port 0 --db .": "cannot open the database *: it is a folder",
     "key revoke \udcff --db shop.db": "*can't encode*",
     "export events --bom --db shop.db": "--bom is for --format csv: *"}
 MISUSES = {  # arguments of a command, and the end of the line after its usage, without quotes
@@ -10629,6 +10630,16 @@ def test_an_error_of_an_example_is_one_line_and_no_file_is_made(tmp_path, name, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_client_says_what_is_missing_and_takes_the_option_names_of_symbols_py(tmp_path):
+    ips = EXAMPLES / "crash.ips"
+    for arguments, expected in (
+            (["crash", ips], (2, "error: there is no API key: set BACKFEEDR_API_KEY, or use --key")),
+            (["--key", KEY, "crash", ips], (1, "Apple's reports go to /api/v1/diagnostics")),
+            (["--server", "ftp://x", "--key", KEY, "crash", ips], (2, "'ftp://x' is not an address *"))):
+        status, out, err = run_example("client", *arguments, cwd=tmp_path)
+        assert (status, out) == (expected[0], "") and fnmatch.fnmatchcase(err, f"*{expected[1]}\n"), err
+
+
 def test_an_unknown_backfeedr_variable_stops_a_host_app_without_settings_and_others_do_not(tmp_path, monkeypatch):
     monkeypatch.setenv("BACKFEEDR_PUBLIC_METRIC", "0")
     path = tmp_path / "crashes.db"
@@ -10651,6 +10662,11 @@ def test_a_missing_package_is_one_line_with_the_install_command_and_no_secrets_a
         check_one_line(run("backfeedr.py", "--port", "0"),
                        f"backfeedr: {missing} is missing; '*pip install bottle waitress' installs *")
         assert not (tmp_path / "backfeedr.db").exists()
+
+
+def test_a_python_that_is_too_old_is_told_so_in_one_line(tmp_path):
+    program = f"import runpy, sys; sys.version_info = (3, 8); runpy.run_path({str(SERVER)!r}, run_name='__main__')"
+    check_one_line(run_program(sys.executable, "-c", program, cwd=tmp_path), "backfeedr needs Python 3.9 or later, *")
 
 
 # -- README and packaging
@@ -10730,10 +10746,10 @@ def test_the_readmes_lines_for_a_host_app_run_unchanged(tmp_path, monkeypatch):
     mounted, closing_line, _ = lines.partition("server.close()")
     exec(mounted, names)
     answer = webtest.TestApp(names["host_app"]).post_json(
-        "/crashes" + CRASHES, CRASH, headers={"X-Backfeedr-Key": names["key"]}, status=201)
+        "/crashes" + CRASHES, CRASH, headers={"X-Backfeedr-Key": KEY}, status=201)
     exec(closing_line, names)
     stored_as = sql("crashes.db", "select crashes.id, name from crashes join apps on apps.id = app_id")
-    assert stored_as == [(answer.json["id"], "Shop")]
+    assert stored_as == [(answer.json["id"], "default")]
     check_database("crashes.db")
 
 

@@ -240,6 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Sends a file. Returns 0, or 1 after an error; exits with 2 for wrong usage."""
     parser = _parser()
     arguments = parser.parse_args(argv)
+    if not arguments.key:
+        parser.error("there is no API key: set BACKFEEDR_API_KEY, or use --key")
     try:
         client = Client(arguments.endpoint, arguments.key, sign=not arguments.unsigned)
     except ValueError as error:
@@ -256,8 +258,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Sends a crash, an event or a batch of events to backfeedr.")
-    parser.add_argument("--endpoint", metavar="URL", help="default: $BACKFEEDR_ENDPOINT, else http://localhost:8080",
-                        default=os.environ.get("BACKFEEDR_ENDPOINT") or "http://localhost:8080")
+    parser.add_argument("--endpoint", "--server", metavar="URL",
+                        default=os.environ.get("BACKFEEDR_ENDPOINT") or "http://localhost:8080",
+                        help="default: $BACKFEEDR_ENDPOINT, else http://localhost:8080")
     parser.add_argument("--key", help="default: $BACKFEEDR_API_KEY, which other users of the host cannot see",
                         default=os.environ.get("BACKFEEDR_API_KEY", ""))
     parser.add_argument("--unsigned", action="store_true", help="do not sign the request")
@@ -275,7 +278,7 @@ def _read(kind: str, file: str) -> Any:
     except RecursionError:
         raise ValueError(f"{file} is nested too deep") from None
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+        raise ValueError(f"{file} is not JSON: {error}; Apple's reports go to /api/v1/diagnostics") from None
     if kind == "batch" and isinstance(document, dict):
         document = document.get("events")
     objects = document if kind == "batch" else [document]

@@ -14,7 +14,8 @@ information. Builds that the server already has are skipped, so run it as often 
 run sends what is missing. The exit status is 0, or 1 if a dSYM was not sent (a line on standard error says why), or 2
 for wrong usage. Only the base names and line numbers of source files are sent, never their folders or text.
 
-To run it automatically, set the two variables above (the token as a secret of the CI):
+To run it automatically, set the two variables above (the token as a secret of the CI). These lines need the package
+once for the Python that runs them, on a CI each time: `python3 -m pip install --user symbolic`
 
 - Xcode, as the last "Run Script" build phase, with ENABLE_USER_SCRIPT_SANDBOXING off, and with
   ${DWARF_DSYM_FOLDER_PATH}/${DWARF_DSYM_FILE_NAME}/Contents/Resources/DWARF/${EXECUTABLE_NAME} as its input file, so
@@ -511,8 +512,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Sends the symbols of dSYMs to backfeedr.")
-    parser.add_argument("--server", metavar="URL", help="default: $BACKFEEDR_ENDPOINT, else http://localhost:8080",
-                        default=os.environ.get("BACKFEEDR_ENDPOINT") or "http://localhost:8080")
+    parser.add_argument("--server", "--endpoint", metavar="URL",
+                        default=os.environ.get("BACKFEEDR_ENDPOINT") or "http://localhost:8080",
+                        help="default: $BACKFEEDR_ENDPOINT, else http://localhost:8080")
     parser.add_argument("--token", help="default: $BACKFEEDR_AUTH_TOKEN, which other users of the host cannot see",
                         default=os.environ.get("BACKFEEDR_AUTH_TOKEN", ""))
     parser.add_argument("--quiet", action="store_true", help="print failures only")

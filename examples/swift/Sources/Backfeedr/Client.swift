@@ -274,7 +274,9 @@ extension Backfeedr {
                 "X-Backfeedr-Device": deviceID, "Idempotency-Key": String(name.suffix(36))]
             let answer = (try? await transport(request)).map(Answer.init)
             #if DEBUG
-            if answer?.hasID != true { print("Backfeedr: \(kind):", answer?.status ?? 0, answer?.error ?? "no answer") }
+            if answer?.hasID != true {
+                print("Backfeedr: \(kind):", answer.map { "\($0.status) \($0.error ?? "")" } ?? "no answer")
+            }
             #endif
             return answer
         }
