@@ -3011,8 +3011,7 @@ class RollUps:
             position, first = self._window(table)
             rows = [row for row in rows if row[position] >= first]
         upsert(self.db, table, rows, _additions(table))
-        if min(chain.from_iterable(map(dict.values, changes.values())), default=0) < 0:  # in few commits
-            lowered = [row[:-len(columns)] for row in rows if min(row[-len(columns):]) < 0]
+        if lowered := [row[:-len(columns)] for row in rows if min(row[-len(columns):]) < 0]:
             delete_rows(self.db, table, lowered, " and ".join(f"{name} <= 0" for name in columns))
 
     def _window(self, table: str) -> tuple[int, int]:
