@@ -13,8 +13,8 @@ The whole server is this file. Copy it to a machine with Python 3.9 or later, in
 
 It is also a WSGI callable: `Backfeedr(db_path="crashes.db")` can be mounted in any app.
 
-The sections. Each uses only those above it, except that Figures uses the tables and keys in Roll-ups, and Dashboard
-uses Templates:
+The sections. Each uses only those above it, except that the sections of figures use the tables and keys in Roll-ups,
+and Dashboard uses Templates:
 
     Settings        what an operator can configure
     Schema          the tables for apps, keys, reports, triage and alerts
@@ -597,6 +597,8 @@ def _make_frame(symbol: str, file: str, binary: str = "", path: str = "", uuid: 
         if name == binary or _PLACEHOLDER.fullmatch(name) or could_be_binary:
             symbol, binary = "", binary or name
             offset = distance if offset is None else offset
+        else:
+            symbol = name  # the distance from the start of the function does not matter
     if _PLACEHOLDER.fullmatch(symbol):
         symbol = ""
     if is_own is None:
@@ -982,7 +984,7 @@ def _parse_usual_events(events: list[JsonObject]) -> list[Event]:
     """The events as `parse_event` makes them, in half the time: each distinct text of a field is converted once,
     because most texts are the same in all events. Raises an error if an event is invalid or unusual."""
     columns: list[Iterable[Any]] = []
-    unknown = sum(map(len, events))  # fields, and nulls
+    unknown = sum(map(len, events))  # in the end: fields without a column, and known ones that are null
     for name, convert in _FIELDS[Event].items():
         values = list(map(dict.get, events, repeat(name)))
         unknown -= len(values) - values.count(None)
@@ -2036,7 +2038,7 @@ def counted_reports(kind: Any, app_id: int, seqs: Sequence[int], received: Seque
     """Reports that are about to be stored, as the figures see them."""
     columns: dict[str, Any] = dict(zip(kind._fields, zip(*reports)))
     at = columns["occurred_at"]
-    if any(ahead) or min(at) < EARLIEST_PLAUSIBLE or max(at) > min(received) + MAX_SKEW:  # few: else they count as sent
+    if any(ahead) or min(at) < EARLIEST_PLAUSIBLE or max(at) > min(received) + MAX_SKEW:  # seldom
         at = list(map(counted_at, at, received, ahead))
     columns.update(seq=seqs, app_id=repeat(app_id), received_at=received, at=at, day=map(floordiv, at, repeat(DAY)),
                    sent_type=columns.get("exception_type"))
@@ -2429,7 +2431,7 @@ create view releases as
 
 class SeenReleases:
     """The releases of an app, or of all live apps if none is given, as one transaction sees them. They are read once,
-    in the order in which they came: to group their builds takes longer than any answer."""
+    in the order in which they came, because grouping their builds takes much of the time of an answer."""
 
     def __init__(self, db: Any, app: int | None):
         self._db, self._app = db, app
@@ -2479,7 +2481,7 @@ class SeenReleases:
             if version != OTHER:
                 releases_of[app_id].append((version_key(version), version, first_seen))
         pairs = []
-        for app_id, releases in releases_of.items():
+        for app_id, releases in sorted(releases_of.items()):
             releases.sort()
             for n, (_, version, first_seen) in enumerate(releases):
                 if (app_id, version) in wanted:
@@ -3739,7 +3741,7 @@ class Database(Closing):
 def _prepare_file(path: Path, may_create: bool) -> None:
     """Creates the file and its tables if they are missing, and upgrades an old schema. Raises StoreError, and changes
     nothing, if the file is something else."""
-    if not may_create and not path.exists():
+    if not may_create and not os.path.exists(path):
         raise StoreError(f"there is no database {path}{DB_PATH_HINT}")
     check_sqlite()
     began = time.monotonic()
@@ -3760,7 +3762,7 @@ def _prepare_file(path: Path, may_create: bool) -> None:
                 time.sleep(0.01)  # SQLite does not wait for a lock when it changes to WAL
     except (OSError, sqlite3.Error) as error:
         reason = (f"there is no folder {path.parent}" if isinstance(error, FileNotFoundError)
-                  else "it is a folder" if path.is_dir() else getattr(error, "strerror", error))
+                  else "it is a folder" if os.path.isdir(path) else getattr(error, "strerror", error))
         hint = DB_PATH_HINT if type(error) is sqlite3.DatabaseError else ""  # not a database; a lock raises a subclass
         raise StoreError(f"cannot open the database {path}: {reason}{hint}") from None
 
@@ -3967,13 +3969,13 @@ class Apps(Database):
         """Revokes the one active key that has this prefix or hash, or is this key; returns it. Raises StoreError, also
         for a short prefix: nobody can send with a key that was revoked by mistake, and phones cannot get another."""
         prefix = key[:-3] if key.endswith("...") else key  # `key list` prints prefixes with an ellipsis
-        digits = re.sub("^bf_(live|test)_", "", prefix)
+        is_long = len(prefix) >= (12 if prefix.startswith("bf_") else 4)  # all generated keys begin with bf_live_
         matches = [stored for stored in self.keys() if stored.revoked_at is None and prefix and (
-            stored.prefix.startswith(prefix) and (len(digits) >= 4 or stored.prefix == prefix)
+            stored.prefix.startswith(prefix) and (is_long or stored.prefix == prefix)
             or stored.hash in (prefix, sha256(prefix).hex()))]
         if len(matches) != 1:
-            raise StoreError(f"{prefix!r} names {len(matches) or 'no'} active keys; give at least 4 characters after"
-                             " bf_live_ or bf_test_: see 'key list'")
+            raise StoreError(f"{prefix!r} names {len(matches) or 'no'} active keys; give its first 12 characters, or"
+                             " more: see 'key list'")
         with self.writing() as db:
             db.execute("update keys set revoked_at = ? where key_hash = ?", (self.now, bytes.fromhex(matches[0].hash)))
         return matches[0]._replace(revoked_at=self.now)
@@ -5050,8 +5052,9 @@ def _apprise_sender(url: str) -> Any:
     return sender
 
 
+# Hosts that take no signed webhooks, with the form of address that works.
 _CHAT_ADDRESSES = {"hooks.slack.com": "slack+https://hooks.slack.com/...", "ntfy.sh": "ntfy+https://ntfy.sh/TOPIC",
-                   "discord.com": "slack+https://discord.com/.../slack"}  # by host, which takes no signed webhooks
+                   **dict.fromkeys(("discord.com", "discordapp.com"), "slack+https://discord.com/.../slack")}
 
 
 def check_address(url: str) -> str:
@@ -5060,7 +5063,7 @@ def check_address(url: str) -> str:
         parts = urlsplit(url)
         is_url = bool(re.fullmatch("[!-~]+", url) and parts.netloc)
         if parts.scheme in ("https", "http") and parts.hostname in _CHAT_ADDRESSES:
-            raise StoreError(f"the address of a channel there is like {_CHAT_ADDRESSES[parts.hostname]}")
+            raise StoreError(f"{parts.hostname} needs an address like {_CHAT_ADDRESSES[parts.hostname]}")
         if is_url and parts.scheme not in CHANNELS:
             _apprise_sender(url)
             return parts.scheme
@@ -5733,7 +5736,7 @@ class GroupMetrics(PublicMetrics):
             from crashes
             where app_id = :app_id and group_hash = :group_hash and {RECEIVED_AT} >= :since
                 and {COUNTED_AT} / {DAY} between :first and :last""", group).fetchone()
-        return {"devices": devices, "of_newest": of_newest,
+        return {"devices": devices, "of_newest": of_newest, "newest": group["newest"],
                 "score": of_newest * 0.5 ** (max(0, self._store.now - group["last_seen"]) / DAY)}
 
     def neighbours(self, crash: JsonObject, app: str | None = None) -> tuple[str | None, str | None]:
@@ -5834,7 +5837,7 @@ EVENTS_BEFORE_CRASH = 20  # events that the page of a crash shows, out of the se
 
 
 class Metrics(GroupMetrics):
-    """Answers all questions."""
+    """Answers all questions. Lists come in pages, as in GroupMetrics."""
 
     def digest(self, app: str | None, since: int, until: int) -> list[JsonObject]:
         """The facts of a digest from `since` to `until`, in milliseconds: is the newest release worse, what is new,
@@ -6345,8 +6348,8 @@ def _text_sections(group: JsonObject) -> Iterator[tuple[str, str]]:
 def _group_title(group: JsonObject) -> str:
     """The app's function that crashes, or its binary and offset, or else the exception type, or the group's hash."""
     place = group["place"]
-    is_binary = re.fullmatch(r"[\w. -]+ \+ [0-9]+", place)  # or a function in C, whose offset does no harm
-    return (place if is_binary else canonical_name(place)) or place or group["exception_type"] or group["group_hash"]
+    name = place if _NAME_AND_OFFSET.fullmatch(place) else canonical_name(place)
+    return name or place or group["exception_type"] or group["group_hash"]
 
 
 _KNOWN_FRAME_FIELDS = {*chain.from_iterable(_FRAME_FIELDS.values()), "frame", "in_app", "symbolicated", "inlined"}
@@ -6892,7 +6895,10 @@ _GROUP_COLUMN = ("Crash", """
 <span class="brief soft"><bdi>{{": ".join(filter(None, brief))}}</bdi></span>""", "main")
 _CRASHES_COLUMN = ("Crashes", '{{number(row["count"])}}', "number")
 _SCORED_DEVICES_COLUMN = ("Devices", """{{number(row["devices"])}} <small>
-{{"({:,} in newest)".format(row["of_newest"]) if row["of_newest"] != row["devices"] else ""}}</small>""", "number")
+% if row["newest"] and row["of_newest"] != row["devices"]:
+({{number(row["of_newest"])}} in {{shorten(row["newest"], 12)}})
+% end
+</small>""", "number")
 _VERSION_COLUMN = ("Version", '<bdi>{{shorten(row.get("app_version", ""), 40)}}</bdi>', "bare")
 _DEVICE_COLUMN = ("Device", '{{!device_html(row.get("device_model", ""))}}', "bare")
 _RELEASE_COLUMN = ("Version", """\
@@ -7129,7 +7135,7 @@ on <bdi>{{parameters.get("device_id_hash", "all devices")}}</bdi>, oldest event 
 """ + _select("type", '[("", "all"), *types]', 'parameters.get("type", "")') + """</label>
 <label>Name <input name="name" value="{{parameters.get("name", "")}}"></label>
 <label>Session <input name="session_id"></label> <button>Show</button></form>
-<p class="note">The latest to arrive come first.</p>
+<p class="note">Events that arrived last come first.</p>
 % end
 """ + _table(
         "events", ("Event", """{{row["type"]}} <b><bdi>{{shorten(row.get("name", ""), 80)}}</bdi></b>

@@ -3124,8 +3124,8 @@ def test_no_key_is_revoked_unless_four_characters_or_all_that_is_shown_name_exac
             store.revoke_key(key)
         assert [api.post(CRASHES, CRASH, key=each)[0] for each in (KEY, other, revoked)] == [201, 201, 401]
     store.revoke_key(other[:12])
-    for key in ("b", "bf_live_", KEY[:11], KEY[:11] + "..."):
-        with pytest.raises(StoreError, match="names no active keys; give at least 4 characters"):
+    for key in ("b", "bf_l", "bf_live", "bf_live_", KEY[:11], KEY[:11] + "..."):
+        with pytest.raises(StoreError, match="names no active keys; give its first 12 characters"):
             store.revoke_key(key)
         assert api.post(CRASHES, CRASH)[0] == 201
     assert serve(api_key="my-own").store.revoke_key("my").prefix == "my", "all that is shown of a short key"
@@ -3747,6 +3747,25 @@ def test_crashes_and_events_share_the_limit_of_releases(api):
     sums = {version: rest for version, *rest in sql(
         server.store.path, "select app_version, crashes, sessions from release_sums")}
     assert list(map(sum, zip(*sums.values()))) == [60, 60] and sums["(other)"] == [0, 21]
+    assert server.metrics.newest_releases()[0]["app_version"] != "(other)", "though it has the most sessions"
+
+
+@pytest.mark.parametrize("reports, counted_days", [  # days of receipt, of occurrence, and by which the clock was ahead
+    ([(10, 13, 0), (15, 15, 0)], [10, 15]), ([(15, 15, 0), (15, 15, 3)], [12, 15]), ([(10, 4, 0)], [4])])
+@pytest.mark.parametrize("kind, table", [("crash", "crash_days"), ("event", "event_names")])
+def test_each_report_of_an_import_counts_on_its_own_day(serve, reports, counted_days, kind, table):
+    server = serve()
+    today = server.store.now // DAY
+    stored_reports = []
+    for n, (received, occurred, ahead) in enumerate(reports):
+        received, occurred = (DAY * (today - 30 + day) for day in (received, occurred))
+        report = parse_crash(crash_at(occurred)) if kind == "crash" else parse_event({**EVENT, "occurred_at": occurred})
+        stored_reports.append(backfeedr.StoredReport(
+            backfeedr.first_seq(received) + n, "default", False, received, ahead * DAY, report))
+    server.store.import_(stored_reports)
+    assert sql(server.store.path, f"select day - {today - 30} from {table} order by day") == [
+        (day,) for day in counted_days]
+    check_database(server.store.path)
 
 
 def test_other_is_shown_like_any_name_with_its_reports_until_they_are_forgotten_or_expire(one_day, later, monkeypatch):
@@ -5354,12 +5373,13 @@ def test_other_addresses_go_through_apprise_if_it_is_installed(serve, clock, mon
 @pytest.mark.parametrize("url, hint", [
     ("https://hooks.slack.com/services/T0/B0/x", "slack+https://hooks.slack.com/..."),
     ("https://discord.com/api/webhooks/1/x", "slack+https://discord.com/.../slack"),
+    ("https://DiscordApp.com/api/webhooks/1/x", "slack+https://discord.com/.../slack"),
     ("http://ntfy.sh/topic", "ntfy+https://ntfy.sh/TOPIC")])
 def test_the_address_that_a_chat_gives_is_refused_with_the_form_that_works(serve, url, hint):
     alerts = serve().alerts
     with pytest.raises(StoreError) as refused:
         alerts.add(url)
-    assert str(refused.value) == f"the address of a channel there is like {hint}" and alerts.channels() == []
+    assert str(refused.value) == f"{urlsplit(url).hostname} needs an address like {hint}" and alerts.channels() == []
     assert alerts.add(hint.partition("+")[0] + "+" + url)[0] == 1
 
 
@@ -7523,7 +7543,9 @@ def test_hostile_text_stays_indented_in_the_fences_of_an_export(api, person):
 @pytest.mark.parametrize("frame, title", [
     ({"binary": "Shop", "offset": 1280, "path": "/x/Shop.app/Shop"}, "Shop + 1280"),
     ({"binary": "My Shop", "offset": 70000, "path": "/x/My Shop.app/My Shop"}, "My Shop + 70000"),
-    ({"symbol": "closure #1 in Cart.total() + 112", "file": "Cart.swift"}, "Cart.total()"), ({}, "SIGABRT")])
+    ({"binary": "Tom's (App)", "offset": 128, "path": "/x/Tom's (App).app/x"}, "Tom's (App) + 128"),
+    ({"symbol": "closure #1 in Cart.total() + 112", "file": "Cart.swift"}, "Cart.total()"),
+    ({"symbol": "main + 52", "file": "main.c"}, "main"), ({}, "SIGABRT")])
 def test_a_group_is_titled_by_its_function_without_what_compilers_add_or_by_its_binary_and_offset(
         api, person, frame, title):
     group = post_crash(api, stack_trace=[frame] if frame else [])
@@ -7557,7 +7579,7 @@ def test_the_overview_lists_new_groups_and_those_to_fix_first(api, clock, person
     assert [group["exception_type"] for group in first[2:]] == ["Stale", "Old"]
     text = person.text("/").split("Is the latest release worse?")[1].split("Crash-free")[0]
     assert re.search("2[.]0 .*New or regressed .* 7 days: 3 .*Back regressed .*To fix first .*Stale new 3 3 2 d", text)
-    assert re.search(r"Old 5 \(0 in newest\) 5 2 d", text), "the list says why it ranks below Stale"
+    assert re.search(r"Old 5 \(0 in 2.0\) 5 2 d", text), "the list says why it ranks below Stale"
     assert not re.search("Gone|Fixed|Muted", text) and "halved for each day since the last crash" in text
     api.server.store.create_app("Shop")
     assert api.server.metrics.attention("Shop") == {"new": [], "new_count": 0, "first": []}
@@ -7585,6 +7607,11 @@ def test_late_reports_of_an_old_version_do_not_hide_the_newest_release(keeping, 
         "default 1.2 is worse: ")
     first = server.metrics.attention("default")["first"]
     assert {group["exception_type"]: group["score"] > 0 for group in first} == {"SIGABRT": True, "Rare": False}
+
+
+def test_without_versions_the_list_to_fix_first_names_no_newest_release(api, person):
+    add(api.server, device_id_hash="d")
+    assert re.search("To fix first .* new 1 1 just now", person.text("/")) and "(0 in" not in person.text("/")
 
 
 def test_a_group_on_many_devices_ranks_above_groups_that_crash_more_often_on_one(api, person):
@@ -10586,7 +10613,7 @@ ERRORS = {  # variables (without BACKFEEDR_) and arguments of a command, and its
     "import nothing": "cannot read nothing: No such file or directory",
     "app create '' --db shop.db": "an app's name *", "app create \udcff --db shop.db": "an app's name *",
     "key create Nope --db shop.db": "there is no app named 'Nope'*",
-    "key revoke bf_live_zz --db shop.db": "'bf_live_zz' names no active keys; give at least 4 characters after *",
+    "key revoke bf_live_zz --db shop.db": "'bf_live_zz' names no active keys; give its first 12 characters, *",
     "app delete Nope --db shop.db": "there is no app named 'Nope'*",
     "--port 0 --db .": "cannot open the database *: it is a folder",
     "key revoke \udcff --db shop.db": "*can't encode*",
@@ -10664,7 +10691,7 @@ def test_a_missing_package_is_one_line_with_the_install_command_and_no_secrets_a
         assert not (tmp_path / "backfeedr.db").exists()
 
 
-def test_a_python_that_is_too_old_is_told_so_in_one_line(tmp_path):
+def test_python_3_8_gets_one_line_that_names_the_version_it_needs(tmp_path):
     program = f"import runpy, sys; sys.version_info = (3, 8); runpy.run_path({str(SERVER)!r}, run_name='__main__')"
     check_one_line(run_program(sys.executable, "-c", program, cwd=tmp_path), "backfeedr needs Python 3.9 or later, *")
 

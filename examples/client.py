@@ -278,7 +278,8 @@ def _read(kind: str, file: str) -> Any:
     except RecursionError:
         raise ValueError(f"{file} is nested too deep") from None
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}; Apple's reports go to /api/v1/diagnostics") from None
+        hint = "; Apple's reports go to /api/v1/diagnostics" if file.endswith((".ips", ".crash")) else ""
+        raise ValueError(f"{file} is not JSON: {error}{hint}") from None
     if kind == "batch" and isinstance(document, dict):
         document = document.get("events")
     objects = document if kind == "batch" else [document]

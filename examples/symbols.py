@@ -14,8 +14,8 @@ information. Builds that the server already has are skipped, so run it as often 
 run sends what is missing. The exit status is 0, or 1 if a dSYM was not sent (a line on standard error says why), or 2
 for wrong usage. Only the base names and line numbers of source files are sent, never their folders or text.
 
-To run it automatically, set the two variables above (the token as a secret of the CI). These lines need the package
-once for the Python that runs them, on a CI each time: `python3 -m pip install --user symbolic`
+To run it automatically, set the two variables above (the token as a secret of the CI). The Python that runs these lines
+needs the package. Install it once, or on a CI in each run: `python3 -m pip install --user symbolic`
 
 - Xcode, as the last "Run Script" build phase, with ENABLE_USER_SCRIPT_SANDBOXING off, and with
   ${DWARF_DSYM_FOLDER_PATH}/${DWARF_DSYM_FILE_NAME}/Contents/Resources/DWARF/${EXECUTABLE_NAME} as its input file, so
