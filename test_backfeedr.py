@@ -3747,7 +3747,15 @@ def test_crashes_and_events_share_the_limit_of_releases(api):
     sums = {version: rest for version, *rest in sql(
         server.store.path, "select app_version, crashes, sessions from release_sums")}
     assert list(map(sum, zip(*sums.values()))) == [60, 60] and sums["(other)"] == [0, 21]
-    assert server.metrics.newest_releases()[0]["app_version"] != "(other)", "though it has the most sessions"
+
+
+def test_other_is_not_the_newest_release_though_it_has_the_most_sessions(api, clock, monkeypatch):
+    monkeypatch.setitem(backfeedr.MAX_NEW_NAMES, "app_version", 1)
+    for version, sessions in (("1.0", 1), ("2.0", 3)):
+        add(api.server, sessions, type="session_start", app_version=version)
+        clock.move(1)
+    assert sql(api.server.store.path, "select app_version, sessions from release_sums") == [("(other)", 3), ("1.0", 1)]
+    assert [release["app_version"] for release in api.server.metrics.newest_releases()] == ["1.0"]
 
 
 @pytest.mark.parametrize("reports, counted_days", [  # days of receipt, of occurrence, and by which the clock was ahead
