@@ -10624,6 +10624,8 @@ ERRORS = {  # variables (without BACKFEEDR_) and arguments of a command, and its
     "key revoke bf_live_zz --db shop.db": "'bf_live_zz' names no active keys; give its first 12 characters, *",
     "app delete Nope --db shop.db": "there is no app named 'Nope'*",
     "--port 0 --db .": "cannot open the database *: it is a folder",
+    "--port 0 --db " + "x" * 300: "cannot open the database *: File name too long",
+    "app list --db " + "x" * 300: f"there is no database *{ANOTHER_FILE}",
     "key revoke \udcff --db shop.db": "*can't encode*",
     "export events --bom --db shop.db": "--bom is for --format csv: *"}
 MISUSES = {  # arguments of a command, and the end of the line after its usage, without quotes
