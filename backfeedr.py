@@ -823,6 +823,7 @@ MAX_PAYLOAD_SIZE = 1_000_000  # after so many bytes of an Apple payload, MAX_BAT
 SMALL_SIZE = 1000  # characters of JSON that cannot have too many fields or frames
 MAX_FIELDS = 256  # of `properties`, and of unknown fields
 MAX_FRAME_FIELDS = 32  # of each frame, if a report is cut
+FRAME_ROOM = 200  # bytes of room that each frame needs, if a report is cut: others are dropped, so that these stay whole
 FIRST_FRAMES, LAST_FRAMES = 384, 128  # that are kept of a longer stack trace
 Converters = Mapping[str, Callable[[Any], Any]]  # by field: gives the value to store; ValueError if it is wrong
 
@@ -1075,7 +1076,10 @@ def _truncate(long: JsonObject, values: JsonObject, max_size: int) -> JsonObject
 
 def _truncate_fairly(long: JsonObject, room: int) -> JsonObject:
     """The long values, cut to `room` bytes. Each name and each value in them may take the same share."""
-    frames = [dict(islice(frame.items(), MAX_FRAME_FIELDS)) for frame in long.get("stack_trace", [])]
+    trace, most = long.get("stack_trace", []), max(4, room // FRAME_ROOM)
+    if len(trace) > most:
+        trace = trace[:most - most // 4] + trace[-(most // 4):]
+    frames = [dict(islice(frame.items(), MAX_FRAME_FIELDS)) for frame in trace]
     objects = [*frames, long.get("properties", {}), long["extra"], {"": long.get("exception_reason", "")}]
     objects = [{name: _flatten_if_deep(value) for name, value in members.items()} for members in objects]
     sizes = [_json_size(part) for members in objects for part in chain.from_iterable(members.items())]
@@ -1097,12 +1101,12 @@ def _fair_share(sizes: list[int], room: int) -> int:
 
 
 def _beginning(value: Any, max_size: int) -> Any:
-    """A value that takes at most `max_size` bytes as JSON: the value itself, or the beginning of it as text."""
+    """A value that takes at most `max_size` bytes as JSON, or 2 if that is less: the value, or its beginning as text."""
     encoded = to_json(value)
     if len(encoded.encode()) <= max_size:
         return value
-    text = (value if type(value) is str else encoded)[:max_size]
-    while (size := _json_size(text)) > max_size:
+    text = (value if type(value) is str else encoded)[:max(0, max_size)]
+    while text and (size := _json_size(text)) > max_size:
         text = text[:len(text) * max_size // size]
     return text
 

@@ -994,6 +994,26 @@ def test_a_large_nested_value_in_a_report_that_is_cut_becomes_text():
     assert json.loads(parse_crash({**CRASH, "stack_trace": frames}).stack_trace) == frames[:512]
 
 
+def test_a_crash_with_little_room_loses_frames_in_the_middle_and_the_others_stay_whole():
+    frames = [{"frame": n, "binary": "Shop", "uuid": "A" * 32, "offset": 4096 + n, "in_app": True} for n in range(512)]
+    wide = dict.fromkeys(("app_version", "build_number", "os_version", "device_model", "session_id"), "\U0001F600" * 500)
+    for fields, least in (({}, 120), (wide, 60), ({**wide, **{f"k{n}": n for n in range(255)}}, 60)):
+        sent = {**CRASH, **fields, "stack_trace": frames}
+        crash = parse_crash(sent, backfeedr.MAX_BATCHED_SIZE)
+        kept = json.loads(crash.stack_trace)
+        last = len(kept) // 4
+        assert len(kept) >= least and kept == frames[:len(kept) - last] + frames[-last:]
+        assert "stack_trace" in json.loads(crash.extra)["truncated"] and crash.group_hash == parse_crash(sent).group_hash
+        assert sum(len(value.encode()) for value in crash if type(value) is str) <= backfeedr.MAX_BATCHED_SIZE
+
+
+@pytest.mark.parametrize("room", [-5, 0, 1, 2, 9])
+def test_parts_of_a_report_that_have_no_room_become_empty_text(room):
+    for value in ("", "a" * 10, "\u20ac" * 10, 10**12, [1] * 9, {"a": "b"}, None):
+        part = backfeedr._beginning(value, room)
+        assert len(backfeedr.to_json(part).encode()) <= max(2, room) and (room > 2 or part in ("", value))
+
+
 WIDE_OR_DEEP = ["[]", '{"":[1.5]}', '{"a":' * 63 + "1" + "}" * 63, "[" * 70 + "]" * 70]
 
 
