@@ -14,7 +14,7 @@ The whole server is this file. Copy it to a machine with Python 3.9 or later, in
 It is also a WSGI callable: `Backfeedr(db_path="crashes.db")` can be mounted in any app.
 
 The sections. Each uses only those above it, except that the sections of figures use the tables and keys in Roll-ups,
-and Dashboard uses Templates:
+Dashboard uses Templates, and Database names the queue of Commit:
 
     Settings        what an operator can configure
     Schema          the tables for apps, keys, reports, triage and alerts
@@ -29,7 +29,7 @@ and Dashboard uses Templates:
     Signature       HMAC-SHA256 over a request
     RateLimiter     how many requests a key may send each minute
     Symbols         functions, files and lines for the addresses in a build
-    Statements      one statement for many rows
+    Statements      one statement for many rows, and what commits remember
     Verdict         whether a release is worse than the one before
     Figures         what each figure is made of: reports as they are counted, tables of sums, rows that are merged
     Crash figures   crashes, their types and device models, groups
@@ -38,13 +38,13 @@ and Dashboard uses Templates:
     Roll-ups        all figures in one transaction, and the limits of new names
     Triage          the state of each group, and the facts that alerts send
     Connection      a connection to SQLite
-    Migrations      tables of older versions
+    Migrations      makes the tables, and upgrades older ones
     Database        the file: how it is opened, read and written
     Apps            apps, keys, the admin
     Commit          how the reports of several requests become rows in one transaction
     Deletion        expiry, forgotten devices, deleted apps, a database that is too large
     Stored symbols  uploads, and crashes that move to other groups because of them
-    Store           the one write path, export, import, upkeep
+    Store           how reports are stored, exported and imported; upkeep
     Channels        where alerts are sent, and in which form
     Alerts          how facts are delivered to channels
     Public metrics  the queries behind the public API
@@ -52,12 +52,12 @@ and Dashboard uses Templates:
     Group metrics   the queries about groups
     Metrics         the queries about single reports, devices and symbols, and the digest
     Requests        what a request carries, and what a client may be told
-    Charts          numbers in, SVG out
+    Charts          numbers in, SVG out; names of devices
     Page content    what the pages show, as values and text
     Style           their CSS
     Page requests   a request for a page, and its session
     Dashboard       the pages that people look at
-    Template parts  what their templates share
+    Template parts  parts of their templates
     Templates       their HTML
     Backfeedr       the WSGI callable
     Connections     waitress: how requests arrive, are gathered and answered
@@ -68,12 +68,16 @@ and Dashboard uses Templates:
 
 To make a change, edit:
 
-    add an endpoint             Backfeedr._routes, a query in a class of metrics; a handler if it is no GET
-    add a field to a report     REPORT_TABLES, _ADDED_COLUMNS and SCHEMA_VERSION; Crash or Event, perhaps _CONVERTERS
+    add an endpoint             Backfeedr._routes; a query that takes `app`, in a class of metrics; a handler if that is
+                                not enough; ERRORS for a refusal that is no 400
+    add a field to a report     REPORT_TABLES, _ADDED_COLUMNS and SCHEMA_VERSION; Crash or Event, before occurred_at;
+                                perhaps _CONVERTERS; as_sent for a boolean or JSON; for long text or JSON, _convert and
+                                _truncate_fairly
     add a figure                a class in FIGURES, its fields at the end of COUNTED; a PublicMetrics query and a route;
                                 SCHEMA_VERSION, and where migrate does not count all again, a count of the stored ones;
                                 for text that clients make up, MAX_NEW_NAMES, OTHER_FLAGS and NewNames
-    add a page                  Dashboard.routes, a method there, a row of _TEMPLATES, and of _NAVIGATION for the menu
+    add a page                  Dashboard.routes, a method there, a row of _TEMPLATES, and of _NAVIGATION for the menu;
+                                _TEMPLATE_GLOBALS for a function that a template calls
     add a command               a method do_... of Commands, and a row of _COMMANDS
     add a kind of channel       a function in Channels, a row of CHANNELS, and perhaps check_address and Alerts.add
     accept another format       a function like those of MetricKit, and _read_diagnostics; for another path, _ingestion
@@ -248,11 +252,6 @@ def _from_text(text: str, kind: type) -> Any:
 APPLICATION_ID = 0x62666472  # "bfdr" marks a file as ours
 SCHEMA_VERSION = 7
 
-GROUP_INDEX = """
-create index crashes_by_group on crashes (  -- finds the devices of a group, and covers all that is counted by group
-    app_id, group_hash, device_id_hash, seq_ahead_ms, occurred_at, clock_ahead_ms, app_version, os_version,
-    device_model);
-"""
 REPORT_TABLES = """
 create table apps (
     id integer primary key autoincrement,  -- never reused
@@ -280,6 +279,9 @@ create table crashes (
     -- Long values come last: SQLite reads a row only up to the last column it needs.
     -- stack_trace and extra are JSON; extra has the fields that this server does not know.
     exception_reason text, stack_trace text, extra text);
+create index crashes_by_group on crashes (  -- finds the devices of a group, and covers all that is counted by group
+    app_id, group_hash, device_id_hash, seq_ahead_ms, occurred_at, clock_ahead_ms, app_version, os_version,
+    device_model);
 create table events (
     seq integer primary key, id text generated always as (printf('evt_%016x', seq)) virtual,
     app_id integer not null, received_at integer generated always as ((seq >> 20) - seq_ahead_ms) virtual,
@@ -303,7 +305,7 @@ create table given_seqs (                  -- ranges that contain every seq ever
 -- early_ID, the highest seq deleted early for lack of space; worse_ID, first_seen of the release last reported as
 -- worse; deleted_ID, how far the deletion of the app has come: its reports from this seq on are gone.
 create table state (name text primary key, value integer not null) without rowid;
-""" + GROUP_INDEX
+"""
 TRIAGE_TABLES = """
 create table triage (                      -- groups that somebody has decided about; outlives their crashes
     app_id integer not null, group_hash text not null,
@@ -327,7 +329,7 @@ create table channels (
 create table messages (                    -- those that wait, and those of the last hour; id is the webhook-id
     id text primary key, channel_id integer not null, created_at integer not null, body text not null,  -- JSON
     tries integer not null default 0, taken_until integer not null default 0,  -- no other process sends it before
-    due_at integer                         -- null: sent, or given up; taken_until: only this one was refused
+    due_at integer           -- of the next try; null: sent or given up; taken_until: only this message was refused
 ) without rowid;
 create index messages_by_time on messages (channel_id, created_at);
 """
@@ -377,7 +379,8 @@ _RFC3339 = re.compile(
 
 def parse_time(text: str) -> int:
     """Milliseconds since 1970 UTC of an RFC 3339 time with a zone, or the bound if the zone leads out of the years 1 to
-    9999. Raises ValueError. (There datetime overflows, and before Python 3.11 it knows neither Z nor nanoseconds.)"""
+    9999. Raises ValueError. (Outside them datetime overflows. Before Python 3.11 it knows neither Z nor nanoseconds.)
+    """
     match = _RFC3339.fullmatch(text)
     if match is None:
         raise ValueError("not an RFC 3339 time with a zone")
@@ -385,7 +388,7 @@ def parse_time(text: str) -> int:
     time_ms = _parse_minute(minute, zone) + int(seconds) * SECOND
     if fraction:
         time_ms += int(fraction[:3].ljust(3, "0"))
-    return time_ms if MIN_TIME <= time_ms <= MAX_TIME else min(max(time_ms, MIN_TIME), MAX_TIME)
+    return min(max(time_ms, MIN_TIME), MAX_TIME)
 
 
 @lru_cache(maxsize=1024)  # most reports are from the last minutes
@@ -447,7 +450,7 @@ def first_seq(received_at: int) -> int:
 
 
 def random_seq(received_at: int) -> int:
-    """A seq of a millisecond, random so that different files have different ids. It is one of the lower half: so the
+    """A seq of a millisecond, random so that different files have different ids. It is in the lower half: so the
     reports of a commit seldom run into the next millisecond."""
     return first_seq(received_at) + secrets.randbits(SEQ_BITS - 1)
 
@@ -657,7 +660,7 @@ _ABORTING = re.compile(
     r"_*(?:pthread_kill|kill|raise|abort|abort_message|assert_rtn|exceptionPreprocess|objc_exception_throw"
     r"|objc_terminate|cxa_throw|cxa_rethrow|demangling_terminate_handler|assertionFailure|fatalErrorMessage"
     r"|preconditionFailure)\b.*|_?swift_.*|Swift\._?(?:assertionFailure|fatalErrorMessage|preconditionFailure)\b.*"
-    r"|(?:Swift runtime failure: .*)|[-+]\[NSException .*|std::(?:__)?terminate.*")
+    r"|Swift runtime failure: .*|[-+]\[NSException .*|std::(?:__)?terminate.*")
 
 
 @lru_cache(maxsize=2048)
@@ -823,9 +826,9 @@ MAX_PAYLOAD_SIZE = 1_000_000  # after so many bytes of an Apple payload, MAX_BAT
 SMALL_SIZE = 1000  # characters of JSON that cannot have too many fields or frames
 MAX_FIELDS = 256  # of `properties`, and of unknown fields
 MAX_FRAME_FIELDS = 32  # of each frame, if a report is cut
-FRAME_ROOM = 200  # bytes of room that each frame needs, if a report is cut: others are dropped, so that these stay whole
+FRAME_ROOM = 200  # bytes for each frame, if a report is cut: the others are dropped, so that these stay whole
 FIRST_FRAMES, LAST_FRAMES = 384, 128  # that are kept of a longer stack trace
-Converters = Mapping[str, Callable[[Any], Any]]  # by field: gives the value to store; ValueError if it is wrong
+Converters = Mapping[str, Callable[[Any], Any]]  # by field: gives the value to store; an error if it is wrong
 
 
 # Converters. They compare types exactly, because isinstance would accept True as an int.
@@ -836,12 +839,12 @@ def _long_text(value: Any) -> str:
     return value
 
 
-def _required_text(value: Any) -> str:
-    return value[:MAX_TEXT] if type(value) is str else _long_text(value)
+def _cut_text(value: Any) -> str:
+    return _long_text(value)[:MAX_TEXT]
 
 
 def _short_text(value: Any) -> str:
-    return _required_text(str(value) if type(value) is int else value)
+    return _cut_text(str(value) if type(value) is int else value)
 
 
 def _number(value: Any) -> int | float:
@@ -869,7 +872,7 @@ def _event_type(value: Any) -> str:
     if type(value) is str and value not in EVENT_TYPES:
         raise Refusal("invalid event type", detail=(
             f"it is not one of {', '.join(EVENT_TYPES)}; an event of your own is custom and has a name"))
-    return _required_text(value)
+    return _cut_text(value)
 
 
 def _object(value: Any, max_length: int = sys.maxsize) -> str:
@@ -898,7 +901,7 @@ Event.__doc__ = "A valid event. `extra` has the unknown fields as JSON."
 Reports = Sequence[Union[Crash, Event]]
 
 _CONVERTERS: Converters = {
-    "exception_type": _required_text, "exception_reason": _long_text, "stack_trace": _stack_trace,
+    "exception_type": _cut_text, "exception_reason": _long_text, "stack_trace": _stack_trace,
     "type": _event_type, "properties": _object, "free_memory_mb": _number, "battery_level": _battery_level,
     "is_charging": _boolean, "occurred_at": parse_occurred_at}
 _FIELDS: Mapping[type, Converters] = {kind: {name: _CONVERTERS.get(name, _short_text) for name in names}
@@ -1063,9 +1066,9 @@ def _truncate(long: JsonObject, values: JsonObject, max_size: int) -> JsonObject
     size = sum(len(value.encode()) for value in values.values() if type(value) is str)
     if size <= max_size and all(kept[name] is long[name] for name in long):
         return {}
-    for report in long, kept:  # frees the name of our own field `truncated`
-        report["extra"] = {"truncated_" if name == "truncated" else name: value
-                           for name, value in report["extra"].items()}
+    for values_of in long, kept:  # frees the name of our own field `truncated`
+        values_of["extra"] = {"truncated_" if name == "truncated" else name: value
+                              for name, value in values_of["extra"].items()}
     short_size = sum(len(str(value).encode()) for name, value in values.items() if name not in long)
     room = max_size - short_size - 200  # for `truncated`
     if _json_size(kept) > room:
@@ -1101,7 +1104,7 @@ def _fair_share(sizes: list[int], room: int) -> int:
 
 
 def _beginning(value: Any, max_size: int) -> Any:
-    """A value that takes at most `max_size` bytes as JSON, or 2 if that is less: the value, or its beginning as text."""
+    """A value that takes at most `max_size` bytes as JSON, or 2 if that is less: itself, or its beginning as text."""
     encoded = to_json(value)
     if len(encoded.encode()) <= max_size:
         return value
@@ -1128,7 +1131,8 @@ UNKNOWN_FORMAT = "unknown report format"
 _APPLE_TIME = re.compile(r"([0-9-]{10})[ T]([0-9:]{8})(?:(\.[0-9]{1,9})[0-9]*)? ?(Z|[+-][0-9]{2}:?[0-9]{2})?")
 _OS_VERSION = re.compile(r"(?:[A-Za-z]+ ){0,4}([0-9]+(?:\.[0-9]+)*)(?: \([\w ]{1,30}\))*")
 _KILL_CODE = re.compile(r"(?:\bcode[: ] ?|^[A-Z]{1,40} )(?:0x([0-9a-f]{1,16})|([0-9]{1,19}))\b", re.I)
-Diagnostic = tuple[Callable[[JsonObject, int], Union[Crash, Event]], JsonObject]  # parse_crash or parse_event; input
+Diagnostic = tuple[Callable[[JsonObject, int], Union[Crash, Event]], JsonObject]  # parse_crash or parse_event, and its
+# input, whose `occurred_at` may be None
 
 
 def _member(parent: Any, name: str, kind: Callable[[], Any]) -> Any:
@@ -1963,8 +1967,8 @@ def _percentages(*shares: float) -> list[str]:
 # == Figures ===================================================================
 # What the server counts. Each figure is a class: its tables, how reports count in it, and the questions it answers. A
 # report counts by 1 when it is stored and by -1 when its device is forgotten, in the same transaction, so each sum
-# equals a count over the rows. When reports expire, lasting sums, medians and builds stay as they are; everything else
-# describes the reports that are kept. The command `check` counts nearly everything again.
+# equals a count over the rows. When reports expire, lasting sums, medians, builds and the first_seen of groups stay as
+# they are; everything else describes the reports that are kept. The command `check` counts nearly everything again.
 
 ALL_DAYS = -1_000_000  # the `day` of a label's sum over all days
 WEEK_DAYS = 7          # days of the overview, ending today
@@ -1988,11 +1992,11 @@ SESSION_TYPES = {"session_start", "session_end"}  # of events
 TABLES: dict[type, str] = {Crash: "crashes", Event: "events"}
 # A report as the figures see it. `at` and `day` are the time and the UTC day at which it counts; `sent_type` is the
 # exception type that was sent, even if it counts as `(other)`.
-_COLUMNS_OF_BOTH = "seq app_id received_at at day {} app_version device_id_hash session_id "  # for _TIMES and _RUN
+_FIELDS_OF_BOTH = "seq app_id received_at at day app_version device_id_hash session_id "  # first, for _TIMES and _RUN
 COUNTED: dict[Any, Any] = {
-    Crash: namedtuple("CountedCrash", _COLUMNS_OF_BOTH.format("sent_type") + "build_number group_hash images"
-                                      " exception_type device_model exception_reason stack_trace"),
-    Event: namedtuple("CountedEvent", _COLUMNS_OF_BOTH.format("type") + "name")}
+    Crash: namedtuple("CountedCrash", _FIELDS_OF_BOTH + "sent_type build_number group_hash images exception_type"
+                                      " device_model exception_reason stack_trace"),
+    Event: namedtuple("CountedEvent", _FIELDS_OF_BOTH + "type name")}
 _MAKE_COUNTED = {kind: partial(tuple.__new__, counted) for kind, counted in COUNTED.items()}  # faster than _make
 
 
@@ -2026,7 +2030,7 @@ class Run(NamedTuple):
     times: Sequence[tuple[int, int]]  # distinct pairs of `at` and `received_at`, ascending
 
 
-def counted_rows(db: Any, kind: type, source: str, keys: Sequence[Row] = ((),)) -> CountedReports:
+def counted_rows(db: Any, kind: type, source: str, keys: Sequence[Row]) -> CountedReports:
     """Stored reports as the figures see them, without stack traces. `source` is the query from `from` on; `values *` in
     it stands for the keys, as in rows_of. A query without `values *` takes its parameters from the only key."""
     columns = {"received_at": RECEIVED_AT, "at": COUNTED_AT, "day": f"{COUNTED_AT} / {DAY}",
@@ -2053,8 +2057,8 @@ def counted_reports(kind: Any, app_id: int, seqs: Sequence[int], received: Seque
 
 class Sums:
     """A table of sums, by app_id and the columns of `key`. Its rows are kept for `window` days or hours; 0 is forever.
-    If it `lasts`, reports that expire stay counted. The command `check` then compares only "recent" days, tests whether
-    sums are "at least" those of the reports that are left, or compares nothing."""
+    If it `lasts`, reports that expire stay counted. Once some have expired, the command `check` compares only "recent"
+    days, tests whether sums are "at least" those of the reports that are left, or compares nothing."""
 
     def __init__(self, key: str, columns: str, window: int = 0, lasts: bool = True, check: str = ""):
         self.key, self.columns, self.window, self.lasts = key.split(), columns.split(), window, lasts
@@ -2105,7 +2109,7 @@ class Figure:
 
     def count(self, kind: type, reports: CountedReports, by: int) -> None:
         """Counts reports: `by` is 1 before they are inserted, and -1 after they were deleted. A recount counts stored
-        ones. It cannot tell which devices are new to a group, so Groups.recount() counts those again."""
+        ones. That cannot tell which devices are new to a group, so Groups.recount() counts those again."""
 
     def expire(self, kind: type, reports: CountedReports) -> None:
         """Takes out reports that were deleted because they expired. Changes to lasting sums are ignored."""
@@ -2788,8 +2792,8 @@ create table device_versions (
 
     def _count_active(self, app_id: int, others: Sequence[int], day: int, by: int) -> None:
         """Counts the days on which a device is active only because it was seen on `day`. `others`: its other days."""
-        at = bisect_left(others, day)
-        before, after = others[at - 1] if at else -MAX_NUMBER, others[at] if at < len(others) else MAX_NUMBER
+        n = bisect_left(others, day)
+        before, after = others[n - 1] if n else -MAX_NUMBER, others[n] if n < len(others) else MAX_NUMBER
         for column, span in self.ACTIVE.items():
             self._spans[app_id, column, max(day, before + span), min(day + span, after)] += by
 
@@ -2966,7 +2970,7 @@ SCHEMA = REPORT_TABLES + SYMBOL_TABLES + TRIAGE_TABLES + FIGURE_TABLES
 # The primary keys of all tables that have rows of an app, except those of the reports.
 PRIMARY_KEYS = {table: tuple(key.split(", ")) for table, key in re.findall(
     r"create table (\w+) \([^;]*?primary key \((app_id, [^)]*)\)", re.sub("--.*", "", SCHEMA))}
-# For tables that keep rows for some time: the position of the day or the hour in the key, its length, and how many.
+# For tables that keep rows for some time: where the day or hour is in the key, its milliseconds, and how many are kept.
 WINDOWS = {table: (1 + sums.key.index(unit), length, sums.window) for table, sums in SUMS.items()
            for unit, length in (("day", DAY), ("hour", HOUR)) if sums.window and unit in sums.key}
 
@@ -3096,7 +3100,7 @@ def _triage_value(name: str, value: Any, now: int) -> Any:
         if type(value) is not int or not 1 <= value < 1 << 31:
             raise ValueError(f"is not a whole number from 1 to {(1 << 31) - 1}")
         return value
-    if name == "state" and value not in tuple(STATES):
+    if name == "state" and value not in tuple(STATES):  # not `in STATES`, which raises an error for a list
         raise ValueError(f"is not one of {', '.join(STATES)}")
     if type(value) is not str or not value.strip():
         raise ValueError("is empty or not text")
@@ -3177,7 +3181,7 @@ def rename_group(db: Any, app_id: int, group_hash: str, target: str) -> None:
     move_triage(db, app_id, group_hash, target)
 
 
-def missing_group(db: Any, app: str | None, group_hash: str) -> Refusal:
+def unknown_group_refusal(db: Any, app: str | None, group_hash: str) -> Refusal:
     """The refusal for an unknown group. It says where the crashes are now if they were moved."""
     alias = db.execute("""
         select target from group_aliases
@@ -3308,7 +3312,7 @@ def _reopen(db: Any, now: int, decision: Decision, what: str, crash: Any) -> Non
 
 
 def note_fact(db: Any, kind: str, app_id: int, at: int, group_hash: str | None, **detail: Any) -> None:
-    """Writes a fact in the current transaction, if there is a channel for it."""
+    """Writes a fact in the current transaction, if there is any channel."""
     db.execute("""
         insert into facts (app_id, at, kind, group_hash, detail) select ?, ?, ?, ?, ?
         where exists (select 1 from channels where ended_at is null)
@@ -3508,7 +3512,8 @@ def _recount_2(db: Connection) -> None:
 
 
 def _complete_4(db: Connection) -> None:
-    """Counts what schema 4 did not count: the crashes and devices of groups, and when each build was last seen."""
+    """Counts what schema 4 did not count: the crashes and devices of groups, and when each build was last seen. (A
+    figure with SUMS is counted in RollUps, whose save() writes these.)"""
     db.execute("insert into groups select *, 0, 0, 0 from old_groups")
     db.execute("insert into builds select *, first_seen from old_builds")
     Groups.recount(db)
@@ -3583,9 +3588,10 @@ class Database(Closing):
     """A file with the tables of this server. Thread-safe; works on both sides of a fork.
 
     Raises StoreError if the file cannot be opened or is not a database of backfeedr. Every method may raise
-    StorageUnavailable. `clock` returns seconds since 1970. A subclass for another engine (examples/postgres.py)
-    replaces what only SQLite has: `Error`, `Outage`, _open, _connect, _require_same_file, reading, _shrink,
-    _fold_in_wal, size, used_size, warnings and vitals; and its connections have the methods of Connection.
+    StorageUnavailable. `clock` returns seconds since 1970. A subclass of Store for another engine
+    (examples/postgres.py) replaces what only SQLite has: `Error`, `Outage`, _open, _connect, _require_same_file,
+    reading, _shrink, _fold_in_wal, size, used_size, warnings and vitals; and its connections have the methods of
+    Connection.
     """
 
     Error: type[Exception] = sqlite3.Error  # the base of all errors of a connection
@@ -3813,7 +3819,7 @@ class App(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What is known of an API key. Times are in milliseconds; `hash` is its SHA-256 in hex."""
+    """What is known of an API key. The first two times are in milliseconds; `hash` is its SHA-256 in hex."""
 
     prefix: str
     app: str
@@ -3991,13 +3997,10 @@ class Apps(Database):
 # own server, a thread brings all requests that _Dispatcher has gathered.
 
 class Idempotency(NamedTuple):
-    """How a repeated request is recognized. All values are digests."""
+    """How a repeated request is recognized. All values are digests; without any, a repetition is not recognized."""
 
     marks: tuple[bytes, ...] = ()  # any of them shows that a request was seen before
     request: bytes = b""  # of path and body: shows that it is the same request
-
-
-UNMARKED = Idempotency()  # of a request that nothing identifies, so a repetition is not recognized
 
 
 class Receipt(NamedTuple):
@@ -4024,7 +4027,7 @@ class Submission:
 
     key_hash: bytes = b""
     reports: Reports = ()
-    idempotency: Idempotency = UNMARKED
+    idempotency: Idempotency = Idempotency()
     error: Exception | None = None
     receipt: Receipt | None = None
 
@@ -4570,7 +4573,7 @@ def _group_and_images(symbols: Symbols, group: str, exception_type: str, trace: 
 
 
 # == Store =====================================================================
-# The one path by which reports reach the disk, their export and import, and the upkeep that goes on beside.
+# How reports are stored, exported and imported, and the upkeep that goes on beside.
 
 REPLAY_DAYS = 7  # how long a phone may be offline between a request and its repetition
 BUSY_COMMIT = 4  # requests: after a commit of at least so many, the next one waits for more
@@ -4636,7 +4639,7 @@ class Store(SymbolStore):
         commit; StorageUnavailable also if too many requests wait already."""
         if not reports:
             raise ValueError("no reports")
-        submission = Submission(key_hash, reports, idempotency or UNMARKED)
+        submission = Submission(key_hash, reports, idempotency or Idempotency())
         self.add_all([submission])
         return submission.result()
 
@@ -4670,14 +4673,14 @@ class Store(SymbolStore):
         if is_stored:  # after the release: nobody needs to wait for this
             self._upkeep_if_due()
 
-    def _leave_queue(self, process: Process, queue: CommitQueue, submissions: Sequence[Submission], is_commit: bool,
+    def _leave_queue(self, process: Process, queue: CommitQueue, submissions: Sequence[Submission], owns_queue: bool,
                      error: BaseException) -> Sequence[Submission]:
         """Takes submissions out of their queue and gives them an error: all if its commit failed, else only these,
         which can wait no longer. Returns those that may be stored if each is committed alone. Re-raises signals."""
         with process.queue_lock:
-            if process.queue is queue and (is_commit or isinstance(error, Exception)):
+            if process.queue is queue and (owns_queue or isinstance(error, Exception)):
                 process.queue = None
-            failed = queue.submissions if is_commit else submissions
+            failed = queue.submissions if owns_queue else submissions
             queue.submissions = [submission for submission in queue.submissions if submission not in failed]
         for submission in failed:
             submission.error = StorageUnavailable()
@@ -4686,7 +4689,7 @@ class Store(SymbolStore):
         if not isinstance(error, StorageUnavailable):
             log.exception("unexpected error")
         is_outage = isinstance(error.__cause__ or error, (self.Outage, StorageUnavailable))
-        return failed if is_commit and len(failed) > 1 and not is_outage else []
+        return failed if owns_queue and len(failed) > 1 and not is_outage else []
 
     def _commit_alone(self, process: Process, submission: Submission) -> None:
         """Commits a submission without the others, so that one bad report fails only its own request."""
@@ -4796,7 +4799,7 @@ class Store(SymbolStore):
             if len(apps) > 1:
                 raise Refusal("missing app", detail=f"it is a group of {', '.join(name for _, name in apps)}"[:500])
             if not apps:
-                raise missing_group(db, app, group_hash)
+                raise unknown_group_refusal(db, app, group_hash)
             decide(db, apps[0][0], group_hash, changes, self.now)
 
     # Upkeep
@@ -5567,8 +5570,8 @@ class GroupMetrics(PublicMetrics):
         """The groups that appeared or regressed last, the latest first; `at` is in milliseconds."""
         with self._snapshot(app) as (db, app_id):
             return dict_rows(db, f"""
-                select news.what, news.at, news.app_id, apps.name as app, apps.created_at, news.group_hash,
-                    exception_type, coalesce(place, '') as place, first_version
+                select news.what, news.at, news.app_id, apps.name as app, news.group_hash, exception_type,
+                    coalesce(place, '') as place, first_version
                 from (
                     select 'new' as what, came_at as at, app_id, group_hash from groups
                     where {APP_FILTER} and group_hash <> :other and crashes > 0  -- else the group has no page
@@ -5672,11 +5675,10 @@ class GroupMetrics(PublicMetrics):
         """A group with its spread, its history, and its crashes, the latest first. Raises Refusal if it is unknown."""
         at, id = _parse_cursor(cursor, "([0-9]{1,18})-([0-7][0-9a-f]{15})", (MAX_NUMBER, "0"))
         with self._snapshot(app) as (db, app_id):
-            parameters = {"app": app_id, "group": group_hash, "at": int(at), "seq": int(id, 16),
-                          "limit": limit + 1}
+            parameters = {"app": app_id, "group": group_hash, "at": int(at), "seq": int(id, 16), "limit": limit + 1}
             summary = self._summary(db, app_id, group_hash)
             if not summary or not summary["count"] and summary["changed_at"] is None:
-                raise missing_group(db, app, group_hash)
+                raise unknown_group_refusal(db, app, group_hash)
             spread = {name: labels_and_counts(db.execute(f"""
                 select {column}, count(*) from crashes
                 where {APP_FILTER} and group_hash = :group and {column} is not null
@@ -5959,8 +5961,8 @@ ERRORS = {  # the texts of refusals by status; every other refusal has the statu
     501: ("transfer encoding not supported",), 503: ("storage unavailable",)}
 _STATUS_OF = {text: status for status, texts in ERRORS.items() for text in texts}
 _JSON_HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
-
 _DIGITS = re.compile("[0-9]*")
+
 Environ = dict[str, Any]
 Answer = tuple[int, Any]  # a status, and a JSON object or a text
 Handler = Callable[..., Answer]  # takes an environ and the variable parts of the path
@@ -6034,7 +6036,7 @@ def _idempotency(environ: Environ, signature: bytes, body: bytes) -> Idempotency
     """The digests that identify a repeated request: of its Idempotency-Key or its signature; either is enough."""
     key = _header(environ, "IDEMPOTENCY_KEY")
     if not key and not signature:
-        return UNMARKED
+        return Idempotency()
     path, marks = environ["PATH_INFO"].encode("latin-1", "replace"), [b"key:" + key] if key else []
     if signature:
         marks.append(b"signature:" + path + b":" + signature)
@@ -6363,7 +6365,7 @@ FrameRow = namedtuple("FrameRow", "symbol place is_own address")  # what a page 
 def _frame_row(frame: JsonObject) -> FrameRow:
     """A frame for a page. `place` is its file and line, binary and unknown fields; `address` is within its binary."""
     known = read_frame(frame)
-    line = next((frame[name] for name in _FRAME_FIELDS["line"] if frame.get(name) is not None), None)
+    line = _first_value(frame, "line")
     file = known.file if line is None or not known.file else f"{known.file}:{line}"
     unknown = [_json_text(value) for name, value in frame.items()
                if name not in _KNOWN_FRAME_FIELDS and value is not None]
@@ -6811,6 +6813,8 @@ class Dashboard:
         if action == "remove-channel":
             self._alerts.remove(id)
             return {"message": f"Removed channel {id}."}
+        if action != "add-channel":
+            raise StoreError("there is no such action")
         kinds = [kind for kind in FACT_KINDS if f"on-{kind}" in form]
         hour = int(form["hour"]) if re.fullmatch("1?[0-9]|2[0-3]", form.get("hour", "")) else 7
         url, app = form.get("url", "").strip(), form.get("app") or None
@@ -6837,8 +6841,8 @@ def _field_rows(page: PageRequest, report: JsonObject) -> Iterator[tuple[str, st
 
 
 # == Template parts ============================================================
-# What several templates share: constants, and functions that return template source, such as _table(). `{{ }}` escapes;
-# `{{! }}` inserts HTML, made above.
+# Parts of templates: constants, and functions that return template source, such as _table(). `{{ }}` escapes; `{{! }}`
+# inserts HTML, made above.
 
 _NAVIGATION = (
     ("/", "Overview"), ("/crashes", "Crashes"), ("/usage", "Usage"), ("/releases", "Releases"), ("/apps", "Apps"))
@@ -6979,7 +6983,7 @@ _TRIAGE_SECTION = """<section><h2>{{group["state"].capitalize()}}
 
 
 # == Templates =================================================================
-# The HTML of the pages. Templates know only `for` and `if`.
+# The HTML of the pages. Templates loop, choose and format; what they show is made above.
 
 _TEMPLATES = {name: bottle.SimpleTemplate(source) for name, source in {
     "layout": """<!doctype html>
@@ -7603,7 +7607,7 @@ def first_start_text(created: GeneratedSecrets, url: str) -> str:
 
 # == Connections ===============================================================
 # The web server: waitress with a few changes. Errors are JSON, a stop answers every request that was sent, no client's
-# address is logged, and reports that arrive together share a commit. Each class says what it changes and why.
+# address is logged, and reports that arrive together share a commit. Classes and methods say what they change and why.
 
 try:
     import waitress.server
@@ -7695,7 +7699,7 @@ class _Channel(HTTPChannel):
     __repr__ = object.__repr__  # that of waitress has the client's address, and is logged with errors
     request_began = last_activity = 0.0
     is_refused = False  # waitress has refused a request, perhaps before all of its body was here
-    # waitress sets these: whether to close after the answers that are made, and the request that is still arriving.
+    # For mypy; waitress sets them: whether to close after these answers, and the request that is still arriving.
     close_when_flushed, request = False, None
 
     def __init__(self, *args: Any, **options: Any):
@@ -7800,7 +7804,8 @@ class _Dispatcher(ThreadedTaskDispatcher):
         channels: list[_Channel] = []
         environs = self.gather(channels)
         self.log_errors(self.app.submit_all, environs)
-        self.log_errors(list, environs)  # frees the lock; after an error, each of the others is then stored alone
+        self.log_errors(list, environs)  # ends the generator, which frees `gathering`; after an error, the others are
+        # then stored one by one
         for channel in channels:
             self.log_errors(channel.service)
 
@@ -8004,17 +8009,18 @@ def _csv_cell(value: Any) -> Any:
     return "'" + value if type(value) is str and _FORMULA.match(value) else value
 
 
-_ADDED_FIELDS = {"app": str, "id": str, "is_test": bool, "received_at": str, "clock_ahead_ms": int, "extra": dict}
+# What an export adds to the fields of a report.
+_EXPORT_FIELDS = {"app": str, "id": str, "is_test": bool, "received_at": str, "clock_ahead_ms": int, "extra": dict}
 
 
 def _parse_exported(line: bytes) -> StoredReport:
     """The report in a line of write_jsonl(), checked like one from a client. Raises Refusal."""
     values = {"extra": {}, "clock_ahead_ms": 0, **decode_json(line)}
     group = values.pop("group_hash", "")  # computed again, unless the frames that it depends on were cut
-    for name, kind in _ADDED_FIELDS.items():
+    for name, kind in _EXPORT_FIELDS.items():
         if type(values.get(name)) is not kind:
             raise Refusal(f"{'missing' if values.get(name) is None else 'invalid'} {name}")
-    app, id, is_test, received, ahead_ms, extra = map(values.pop, _ADDED_FIELDS)
+    app, id, is_test, received, ahead_ms, extra = map(values.pop, _EXPORT_FIELDS)
     if not 0 <= ahead_ms < 10_000 * 366 * DAY:  # longer than all the years that a time can have
         raise Refusal("invalid clock_ahead_ms")
     try:
@@ -8182,7 +8188,7 @@ def channel_warnings(path: Path) -> list[str]:
 # == Commands ==================================================================
 # What the commands do. Every one works while the server runs: they share nothing but the file.
 
-_REPORT_TYPES: dict[str, Any] = {"crashes": Crash, "events": Event}
+_REPORT_TYPES: dict[str, Any] = {table: kind for kind, table in TABLES.items()}
 
 
 class Commands:
