@@ -1131,8 +1131,8 @@ UNKNOWN_FORMAT = "unknown report format"
 _APPLE_TIME = re.compile(r"([0-9-]{10})[ T]([0-9:]{8})(?:(\.[0-9]{1,9})[0-9]*)? ?(Z|[+-][0-9]{2}:?[0-9]{2})?")
 _OS_VERSION = re.compile(r"(?:[A-Za-z]+ ){0,4}([0-9]+(?:\.[0-9]+)*)(?: \([\w ]{1,30}\))*")
 _KILL_CODE = re.compile(r"(?:\bcode[: ] ?|^[A-Z]{1,40} )(?:0x([0-9a-f]{1,16})|([0-9]{1,19}))\b", re.I)
-Diagnostic = tuple[Callable[[JsonObject, int], Union[Crash, Event]], JsonObject]  # parse_crash or parse_event, and its
-# input, whose `occurred_at` may be None
+# parse_crash or parse_event, and its input, whose `occurred_at` may be None.
+Diagnostic = tuple[Callable[[JsonObject, int], Union[Crash, Event]], JsonObject]
 
 
 def _member(parent: Any, name: str, kind: Callable[[], Any]) -> Any:
@@ -7804,8 +7804,8 @@ class _Dispatcher(ThreadedTaskDispatcher):
         channels: list[_Channel] = []
         environs = self.gather(channels)
         self.log_errors(self.app.submit_all, environs)
-        self.log_errors(list, environs)  # ends the generator, which frees `gathering`; after an error, the others are
-        # then stored one by one
+        # This ends the generator, which frees `gathering`. After an error, the others are then stored one by one.
+        self.log_errors(list, environs)
         for channel in channels:
             self.log_errors(channel.service)
 
@@ -8506,6 +8506,8 @@ def _read_handbook(topic: str) -> str:
         raise argparse.ArgumentTypeError(f"invalid choice: {topic!r} (choose from {', '.join(topics)})")
     summaries = [f"{name:12}{text.strip().splitlines()[0]}" for name, text in topics.items()]
     return topics[topic].strip() if topic else "\n".join(summaries)
+
+
 _UNSET = {"default": argparse.SUPPRESS}  # an option that is not given leaves the setting to the environment
 _DB_OPTION = {"--db": dict(dest="db_path", metavar="FILE", help="the database (default: backfeedr.db)", **_UNSET)}
 _SERVE_OPTIONS = {"--host": dict(help="the address to listen on (default: 127.0.0.1)", **_UNSET),
