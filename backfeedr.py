@@ -988,10 +988,8 @@ def _parse_usual_events(events: list[JsonObject]) -> list[Event]:
     """The events as `parse_event` makes them, in half the time: each distinct text of a field is converted once,
     because most texts are the same in all events. Raises an error if an event is invalid or unusual."""
     columns: list[Iterable[Any]] = []
-    unknown = sum(map(len, events))  # in the end: fields without a column, and known ones that are null
     for name, convert in _FIELDS[Event].items():
         values = list(map(dict.get, events, repeat(name)))
-        unknown -= len(values) - values.count(None)
         if convert is _object:  # not hashable
             columns.append(_usual_objects(values))
             continue
@@ -1002,7 +1000,7 @@ def _parse_usual_events(events: list[JsonObject]) -> list[Event]:
         columns.append(map(converted.__getitem__, values) if len(converted) > 1 else repeat(converted[values[0]]))
     known = _FIELDS[Event].keys()
     extras: list[str | None] = [None] * len(events)
-    if unknown:
+    if not known >= {*chain.from_iterable(events)}:
         extras = [None if known >= event.keys() else _object(
             {name: value for name, value in event.items() if name not in known}, SMALL_SIZE) for event in events]
     return list(map(partial(tuple.__new__, Event), zip(*columns, extras)))  # faster than Event._make
@@ -3979,7 +3977,7 @@ class Apps(Database):
         """Revokes the one active key that has this prefix or hash, or is this key; returns it. Raises StoreError, also
         for a short prefix: nobody can send with a key that was revoked by mistake, and phones cannot get another."""
         prefix = key[:-3] if key.endswith("...") else key  # `key list` prints prefixes with an ellipsis
-        is_long = len(prefix) >= (12 if prefix.startswith("bf_") else 4)  # all generated keys begin with bf_live_
+        is_long = len(prefix) >= (12 if prefix.startswith("bf_") else 4)  # 4 after bf_live_ or bf_test_
         matches = [stored for stored in self.keys() if stored.revoked_at is None and prefix and (
             stored.prefix.startswith(prefix) and (is_long or stored.prefix == prefix)
             or stored.hash in (prefix, sha256(prefix).hex()))]
