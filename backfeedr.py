@@ -1863,7 +1863,7 @@ class KnownRows:
         self._version = version
         self.app_of_key: dict[bytes, int] = {}  # app_id by the hash of an active key
         self.names: set[Row] = set()  # app_id, field and name: those that do not count as `(other)`
-        self.builds: set[Row] = set()  # keys of the table
+        self.given: Row = ()  # the last seq that was given, and where the next range of given ones begins, or None
         self.group_devices: set[Row] = set()  # app_id, group_hash and device_id_hash of crashes
         self.open_groups: set[Row] = set()  # app_id and group_hash: a known device changes nothing in their triage
         self.rows: dict[str, dict[Row, Any]] = defaultdict(dict)  # by table and key
@@ -1876,7 +1876,7 @@ class KnownRows:
 
     def end(self) -> None:
         """Ends a transaction. Forgets everything if there is too much."""
-        parts = (self.app_of_key, self.names, self.builds, self.group_devices, self.open_groups, *self.rows.values())
+        parts = (self.app_of_key, self.names, self.group_devices, self.open_groups, *self.rows.values())
         if sum(map(len, parts)) > self.MAX_ITEMS:
             self.clear()
 
@@ -2386,6 +2386,18 @@ create table groups (
 # == Release figures ===========================================================
 # When releases were seen, how they compare with the previous one, and how often and how long the app is used.
 
+class SeenBuild(NamedTuple):
+    """When the first and the last report of a build were received, in milliseconds."""
+
+    first_seen: int
+    last_seen: int  # of the reports of its last second, the first one counts, so that the row seldom changes
+
+    def merged(self, other: SeenBuild) -> SeenBuild:
+        is_same_second = self.last_seen // SECOND == other.last_seen // SECOND
+        return SeenBuild(min(self.first_seen, other.first_seen),
+                         (min if is_same_second else max)(self.last_seen, other.last_seen))
+
+
 class Releases(Figure):
     """When each build and release was seen; the sessions, crashes and devices of each release, and its sessions per UTC
     day of the last week. Builds beyond MAX_BUILDS_OF_APP count only for their release."""
@@ -2405,34 +2417,30 @@ create view releases as
 
     def __init__(self, rollups: RollUps):
         super().__init__(rollups)
-        self._seen: dict[Row, tuple[int, int]] = {}  # first_seen and last_seen by key
+        self._builds = MergedRows(rollups, "builds", SeenBuild)
 
     def count(self, kind: type, reports: CountedReports, by: int) -> None:
         for crash in reports if kind is Crash else ():
             if crash.app_version:
                 self._sums("release_sums", "crashes")[crash.app_id, crash.app_version] += by
-                self._learn((crash.app_id, crash.app_version, crash.build_number or ""), [crash.received_at], by)
+                self._learn((crash.app_id, crash.app_version, crash.build_number or ""), {crash.received_at}, by)
         for run, times in reports.runs if kind is Event else ():
             if run[0].app_version:
-                self._learn((run[0].app_id, run[0].app_version, ""), [received_at for _, received_at in times], by)
+                self._learn((run[0].app_id, run[0].app_version, ""), {received_at for _, received_at in times}, by)
 
-    def _learn(self, key: Row, times: Sequence[int], by: int) -> None:
-        if by > 0:
-            first, last = self._seen.get(key, (times[0], times[0]))
-            self._seen[key] = min(first, *times), max(last, *times)
+    def _learn(self, key: Row, times: set[int], by: int) -> None:
+        for received_at in times if by > 0 else ():  # mostly one
+            self._builds.learn(key, SeenBuild(received_at, received_at))
 
     def save(self) -> None:
-        known, widen = self._known.builds, """
-            first_seen = min(builds.first_seen, excluded.first_seen),
-            last_seen = max(builds.last_seen, excluded.last_seen)"""
-        known.update(row[:3] for row in rows_of(
-            self._db, _by_key_query("builds"), [key for key in self._seen if key not in known]))
-        upsert(self._db, "builds", [(*key, *times) for key, times in self._seen.items() if key in known], widen)
-        for key, times in self._seen.items():
-            if key not in known:
-                builds, = self._db.execute("select count(*) from builds where app_id = ?", key[:1]).fetchone()
-                row = (*key, *times) if builds < MAX_BUILDS_OF_APP else (*key[:2], "", *times)
-                upsert(self._db, "builds", [row], widen)
+        learned, stored = self._builds.learned, self._builds.stored(self._builds.learned)
+        added: dict[int, int] = defaultdict(int)  # by app_id
+        for key in [key for key in learned if key not in stored]:  # mostly none
+            builds, = self._db.execute("select count(*) from builds where app_id = ?", key[:1]).fetchone()
+            added[key[0]] += 1
+            if builds + added[key[0]] > MAX_BUILDS_OF_APP:
+                self._builds.learn((*key[:2], ""), learned.pop(key))
+        self._builds.save()
 
 
 class SeenReleases:
@@ -3361,14 +3369,17 @@ class Connection(sqlite3.Connection):
     def lock_apps(self, key_hashes: Sequence[bytes]) -> None:
         """In a shared transaction, waits for other writers to the apps of these keys. In SQLite there are none."""
 
-    def reserve_seqs(self, now: int, count: int) -> int:
+    def reserve_seqs(self, now: int, count: int, known: KnownRows) -> int:
         """Reserves `count` consecutive seqs that were never given before; returns the first."""
-        last, next_range = self.execute("""
-            select coalesce(max(seq), 0), (select min(first) from given_seqs where last >= :limit) from (
-                select max(seq) as seq from crashes where seq < :limit
-                union all select max(seq) from events where seq < :limit
-                union all select max(last) from given_seqs where last < :limit) as given
-            """, {"limit": first_seq(now + DAY)}).fetchone()  # higher ones were given while the clock was fast
+        limit = first_seq(now + DAY)  # higher ones were given while the clock was fast
+        if not known.given or known.given[0] >= limit:
+            known.given = self.execute("""
+                select coalesce(max(seq), 0), (select min(first) from given_seqs where last >= :limit) from (
+                    select max(seq) as seq from crashes where seq < :limit
+                    union all select max(seq) from events where seq < :limit
+                    union all select max(last) from given_seqs where last < :limit) as given
+                """, {"limit": limit}).fetchone()
+        last, next_range = known.given
         first: int = max(last + 1, random_seq(now))
         while next_range and first + count > next_range and (overlap := self.execute(
                 "select last from given_seqs where first < ? and last >= ?", (first + count, first)).fetchone()):
@@ -3379,6 +3390,7 @@ class Connection(sqlite3.Connection):
                     select max(first) from given_seqs where last between ? and ?)
                 """, (first + count - 1, first - first_seq(DAY), first)).rowcount:
             self.execute("insert into given_seqs values (?, ?)", (first, first + count - 1))
+        known.given = first + count - 1, next_range
         return first
 
     def try_to_write(self) -> None:
@@ -4087,7 +4099,7 @@ class Commit:
                 submission.error = Refusal("invalid API key")
         accepted = [(apps[submission.key_hash], submission) for submission in submissions if not submission.error]
         total = sum(len(submission.reports) for _, submission in accepted)
-        seq = self._db.reserve_seqs(self._now, total) if total else 0
+        seq = self._db.reserve_seqs(self._now, total, self._known) if total else 0
         known = self._known_requests({(app_id, mark) for app_id, submission in accepted
                                       for mark in submission.idempotency.marks})
         for app_id, submission in accepted:

@@ -3964,15 +3964,18 @@ def test_each_report_has_its_time_of_receipt_even_after_the_clock_was_set_back(s
 
 
 @sqlite_only
-def test_no_id_is_given_twice_after_any_clock_changes_and_deletions(keeping, clock, monkeypatch):
+@pytest.mark.parametrize("deletes", [True, False])
+def test_no_id_is_given_twice_after_any_clock_changes_and_deletions(keeping, clock, monkeypatch, deletes):
     monkeypatch.setattr(backfeedr.secrets, "randbits", lambda bits: 0)  # else equal ids would be unlikely anyway
     server, ids, start = keeping(0), [], clock.seconds
     for days in (0, 10, 0, 1, 9.5, 10, 10, 11, 3, 10, 4000, 12, 4000, 13):
         clock.seconds = start + days * A_DAY
-        ids += [*add(server, 3, device_id_hash="d").seqs, *add(server, 3, type="custom", device_id_hash="d").seqs]
-        server.store.forget_device("d")
-    assert len(ids) == len(set(ids)) == 14 * 6 and count(server, "crashes") == 0
-    assert ids[-1] < backfeedr.first_seq(int((start + 14 * A_DAY) * 1000)), "a fast clock has no lasting effect"
+        new = [*add(server, 3, device_id_hash="d").seqs, *add(server, 3, type="custom", device_id_hash="d").seqs]
+        assert max(new) < backfeedr.first_seq(server.store.now + 2000 * A_DAY), "a fast clock has no lasting effect"
+        ids += new
+        if deletes:
+            server.store.forget_device("d")
+    assert len(ids) == len(set(ids)) == 14 * 6 and count(server, "crashes") == (0 if deletes else 14 * 3)
 
 
 @pytest.mark.parametrize("at", ["1970-01-01T00:00:10Z", "2300-01-01T00:00:00Z"])
@@ -4129,15 +4132,17 @@ def test_the_crashes_of_a_commit_come_first_whatever_the_order_of_its_requests(s
 
 
 @sqlite_only
-def test_builds_are_read_together_and_only_new_ones_look_how_many_there_are(serve):
+def test_builds_are_read_together_and_written_once_a_second_and_only_new_ones_look_how_many_there_are(serve, clock):
     server, queries = serve(), []
     reports = [parse_crash({**CRASH, "app_version": "1.0", "build_number": str(n)}) for n in range(20)]
     server.store.add(KEY_HASH, reports)
     server.store.catch_up()  # clears what is known
     server.store._process.writer.set_trace_callback(queries.append)
-    server.store.add(KEY_HASH, reports)
-    assert [query.split()[0] for query in queries if " builds" in query and "groups" not in query] == [
-        "select", "insert"]
+    for seconds, expected in ((1, ["select", "insert"]), (0.9, []), (0.1, ["insert"])):
+        clock.move(seconds)
+        server.store.add(KEY_HASH, reports)
+        assert [query.split()[0] for query in queries if " builds" in query and "groups" not in query] == expected
+        queries.clear()
 
 
 # -- Concurrent requests

@@ -254,7 +254,7 @@ class Connection(psycopg.Connection):
             select 1 from apps where id in (select app_id from keys where key_hash = any(%s)) order by id for update
             """, (list(key_hashes),))
 
-    def reserve_seqs(self, now: int, count: int) -> int:
+    def reserve_seqs(self, now: int, count: int, known: backfeedr.KnownRows) -> int:
         """The first of `count` consecutive seqs that were never given before."""
         return super().execute("select next_seqs(%s::bigint, %s::bigint)",
                                (backfeedr.random_seq(now), count)).fetchone()[0]
