@@ -4020,17 +4020,6 @@ class Receipt(NamedTuple):
     replayed: bool
 
 
-class StoredReport(NamedTuple):
-    """A report as `export` gives it and `import_` takes it. Times are in milliseconds."""
-
-    seq: int
-    app: str
-    is_test: bool
-    received_at: int
-    clock_ahead_ms: int
-    report: Crash | Event
-
-
 @dataclass(eq=False)
 class Submission:
     """The reports of one request on their way to the disk, and the outcome: a receipt or an error."""
@@ -4592,6 +4581,17 @@ MAX_COMMIT_WAIT = 30.0  # seconds to wait for another thread's commit: longer th
 NEARLY_FULL = 0.9  # share of the disk or of max_db_size above which the operator is warned
 FACT_DAYS = 7  # after which a fact that no channel took is deleted
 PAGE_CHARACTERS = 1_000_000  # characters that end a page of an export or a list: a row may be as large as a body
+
+
+class StoredReport(NamedTuple):
+    """A report as `export` gives it and `import_` takes it. Times are in milliseconds."""
+
+    seq: int
+    app: str
+    is_test: bool
+    received_at: int
+    clock_ahead_ms: int
+    report: Crash | Event
 
 
 class Store(SymbolStore):
@@ -5782,8 +5782,8 @@ class GroupMetrics(PublicMetrics):
         name = with_build(version, build)
         return re.sub("[0-9]+(?=[^0-9]*$)", lambda number: str(int(number[0]) + 1), name) if has_crashed else name
 
-    def group_days(self, groups: Sequence[str], app: str | None = None, version: str | None = None,
-                   days: int = 30) -> JsonObject:
+    def days_of_groups(self, groups: Sequence[str], app: str | None = None, version: str | None = None,
+                       days: int = 30) -> JsonObject:
         """The apps of each of these groups, and its crashes on each of the last days, the oldest first."""
         shown_days = self._last_days(days)
         with self._snapshot(app) as (db, app_id):
@@ -6707,7 +6707,7 @@ class Dashboard:
         days = filters.pop("days", None if is_filtered else WEEK_DAYS)
         listing = self._metrics.groups(page.app, **filters, days=days, limit=LIST_ROWS)
         hashes = [group["group_hash"] for group in listing["groups"]]
-        details = self._metrics.group_days(hashes, page.app, filters.get("version"))["groups"]
+        details = self._metrics.days_of_groups(hashes, page.app, filters.get("version"))["groups"]
         periods = [(n, f"last {n} days" if n > 1 else "today") for n in sorted({1, 7, 30, 90, 365, days or 1})]
         return self._render(
             page, "Crashes", "crashes", parameters={**filters, "days": days or "all"}, next=listing["next"],
@@ -6717,7 +6717,7 @@ class Dashboard:
 
     def _group(self, page: PageRequest, group_hash: str) -> Response:
         metrics, group = self._metrics, self._metrics.group(group_hash, page.app, limit=2)
-        id, group_days = page.query.get("report"), metrics.group_days([group_hash], page.app)
+        id, crashes_per_day = page.query.get("report"), metrics.days_of_groups([group_hash], page.app)
         report = metrics.crash(id, page.app) if id else next(iter(group["reports"]), {})
         if report.get("group_hash", group_hash) != group_hash:
             raise Refusal("not found")
@@ -6725,13 +6725,13 @@ class Dashboard:
             older, newer = metrics.neighbours(report, page.app)
         else:  # it is the latest, and the group has the one before it
             older, newer = next((crash["id"] for crash in group["reports"][1:]), None), None
-        details = group_days["groups"][group_hash]
+        details = crashes_per_day["groups"][group_hash]
         apps = details["apps"]
         return self._render(
             page, _group_title(group), "group", group=group, group_apps=apps, report=report, older=older, newer=newer,
             next_build=metrics.next_build(group_hash, apps[0]) if len(apps) == 1 else "", is_latest=not id,
             breadcrumbs=_breadcrumb_steps(report), events=[*_event_steps(report, metrics.events_before(report))],
-            chart=chart("Crashes", group_days["labels"], details["days"], draw_columns),
+            chart=chart("Crashes", crashes_per_day["labels"], details["days"], draw_columns),
             frames=_trace_rows(report), fields=_field_rows(page, report))
 
     def _group_export(self, page: PageRequest, group_hash: str, suffix: str) -> Response:

@@ -6189,7 +6189,7 @@ def test_a_list_of_a_version_counts_its_crashes_and_says_which_groups_are_new_in
     assert groups("?version=2.3") == {"Old": (1, NOW, True, ["2.3"])} and groups("?version=2.4") == {}
     assert groups("?version=2.4*") == {"Old": (2, NOW, False, ["2.4.1", "2.4.2"]), "New": (1, late, True, ["2.4.2"])}
     group = backfeedr.group_hash("Old", [])
-    days = api.server.metrics.group_days([group], version="2.4*")["groups"][group]["days"]
+    days = api.server.metrics.days_of_groups([group], version="2.4*")["groups"][group]["days"]
     assert sum(days) == 2
 
 
