@@ -161,6 +161,7 @@ class SettingsError(ValueError):
 
 _RANGES = {"port": (0, 65535), "rate_limit": (0, 1_000_000), "max_body_size": (1, 1 << 30),
            "retention_days": (0, 36_500), "max_db_size": (0, 1 << 50), "threads": (1, 1_000)}
+MIN_DB_SIZE = 500_000  # bytes; without any report, a database takes 213,000
 _TYPE_NAMES: dict[Any, str] = {str: "text", int: "a whole number", bool: "1 or 0"}
 _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 _PREFIX = "BACKFEEDR_"
@@ -200,6 +201,9 @@ class Settings:
                 raise SettingsError(setting.name, f"{value} is not from {low} to {high}")
             if kind is str and (value != value.strip() or value and not value.isprintable()):
                 raise SettingsError(setting.name, "begins or ends with a space, or has a control character")
+        if 0 < self.max_db_size < MIN_DB_SIZE:
+            raise SettingsError("max_db_size", f"{self.max_db_size} bytes would leave no room for reports: give at"
+                                               f" least {MIN_DB_SIZE}, or 0 for no limit")
         if not self.host:
             raise SettingsError("host", "must name a host")
         if 0 < len(self.auth_token) < 16:
@@ -643,13 +647,15 @@ def image_uuid(value: Any) -> str:
 
 _COMPILER_PREFIXES = re.compile(
     r"(?:@objc |@nonobjc |specialized |merged |dynamic |implicit |partial apply (?:forwarder )?for "
+    r"|invocation function for block in "
     r"|\$defer #[0-9]+ (?:\(\) )?in |(?:implicit )?(?:auto)?closure #[0-9]+ (?:[(@<].{0,200}? )?in "
     r"|\([0-9]+\) (?:suspend|await) resume partial function for "
     r"|(?:generic|function signature) specialization <[^<>]*(?:<[^<>]*>[^<>]*)*> of )+")
 _COMPILER_SUFFIXES = re.compile(
-    r"(?: \+ [0-9]+| \([^()]*:[0-9]+\)| \(\.[\w.]+\)| \[clone [^]]*\]| (?:at )?0x[0-9a-fA-F]+|\.(?:cold|resume)"
+    r"(?: \+ (?:0x[0-9a-fA-F]+|[0-9]+)| \((?:in [^()]*|[^()]*:[0-9]+|\.[\w.]+)\)| at [^ ():]+:[0-9]+"
+    r"| \[clone [^]]*\]| (?:at )?[\[(]?0x[0-9a-fA-F]+[\])]?|\.(?:cold|resume)"
     r"|T[YQ][0-9]+_|(?:\.(?:cold|llvm|resume|part|constprop|isra))?\.[0-9]+)+")
-_BLOCK = re.compile(r"(?:__[0-9]+(?=[-+]\[)|__(?=.*_block_invoke))?(.*?)_block_invoke(?:_[0-9]+)?")
+_BLOCK = re.compile(r"(?:(?:__[0-9]+)+(?=[-+]\[)|__(?=.*_block_invoke))?(.*?)(?:_block_invoke(?:_[0-9]+)?)+")
 # Functions that are in every program, and those that the compiler makes. They do not tell where a fault is.
 _UNSPECIFIC = re.compile(
     r"(?:_?main|start|_?dyld_start|static .*\$main\(\)(?: -> \(\))?|\$s.*5\$mainyyFZ|<compiler-generated>"
@@ -727,10 +733,15 @@ def decode_json(body: bytes) -> JsonObject:
     try:
         value = _DECODER.decode(not_deep(decode_text(body)))
     except ValueError as error:
-        raise Refusal("invalid JSON", detail=str(error)[:100]) from None
+        raise Refusal("invalid JSON", detail=json_problem(error)) from None
     if type(value) is not dict:
         raise Refusal("invalid JSON", detail=f"the body is {_json_type(value)}, not an object")
     return value
+
+
+def json_problem(error: ValueError) -> str:
+    """What is wrong with JSON, for its developer."""
+    return "a number is out of range" if "int_max_str_digits" in str(error) else str(error)[:100]
 
 
 def decode_text(body: bytes) -> str:
@@ -828,6 +839,7 @@ MAX_FIELDS = 256  # of `properties`, and of unknown fields
 MAX_FRAME_FIELDS = 32  # of each frame, if a report is cut
 FRAME_ROOM = 200  # bytes for each frame, if a report is cut: the others are dropped, so that these stay whole
 FIRST_FRAMES, LAST_FRAMES = 384, 128  # that are kept of a longer stack trace
+GROUPED_FRAMES = 1000  # of a longer stack trace that, with the last ones, decide the group
 Converters = Mapping[str, Callable[[Any], Any]]  # by field: gives the value to store; an error if it is wrong
 
 
@@ -922,7 +934,11 @@ def parse_crash(sent: JsonObject, max_size: int = MAX_REPORT_SIZE) -> Crash:
     frames = list(map(_normalize_frame, _limit_length(trace, spare_frames=1))) if _is_list_of_objects(trace) else []
     values = _convert({**sent, "stack_trace": frames} if frames else sent, Crash, max_size)
     kept = list(map(read_frame, _limit_length(frames)))
-    return Crash(group_hash(values[0], kept), builds_to_symbolicate(kept), *values)
+    grouped: Iterable[Frame] = kept
+    if len(frames) > len(kept):  # the app's own may be among those that are not kept
+        searched = trace[:GROUPED_FRAMES] + trace[GROUPED_FRAMES:][-LAST_FRAMES:]
+        grouped = map(read_frame, map(_normalize_frame, searched))
+    return Crash(group_hash(values[0], grouped), builds_to_symbolicate(kept), *values)
 
 
 def own_frame_names(frames: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -937,11 +953,9 @@ def _cached_own_frame_names(stack_trace: str) -> tuple[str, ...]:  # crashes of 
 
 
 def _normalize_frame(frame: JsonObject) -> JsonObject:
-    """A frame with its symbol and file as text, and its number and line as whole numbers where that is possible."""
-    changes: JsonObject = {}
-    for name in ("symbol", "file"):
-        if type(value := frame.get(name)) is not str and value is not None:
-            changes[name] = to_json(value)
+    """A frame in which numbers sent for text are text, and its own number and line whole numbers where possible."""
+    changes: JsonObject = {name: str(value) for name in ("symbol", "file")
+                           if type(value := frame.get(name)) in (int, float)}
     for name in ("frame", "line"):
         if type(value := frame.get(name)) is not int and value is not None:
             with suppress(ValueError):
@@ -1364,6 +1378,7 @@ def _metrickit_frame(number: int, frame: JsonObject, binary: str) -> JsonObject:
 
 _UNCAUGHT = re.compile(r"uncaught exception '([^'\n]{1,200})', reason: '(.*?)(?:'(?: \*\*\*|\n)|'?\Z)", re.S)
 _FATAL = re.compile("Fatal error|Precondition failed|Assertion failed|BUG IN ")
+_UNINFORMATIVE = re.compile(r"^(?:abort\(\) called|Performing @selector\(.*)$", re.M)
 
 
 def _ips_crash(header: JsonObject, body: JsonObject) -> JsonObject:
@@ -1373,9 +1388,13 @@ def _ips_crash(header: JsonObject, body: JsonObject) -> JsonObject:
              for note in notes if type(note) is str]
     details = [text for name in ("reasons", "details") for text in _member(termination, name, list)
                if type(text) is str]
+    informative = [text for note in notes if (text := _UNINFORMATIVE.sub("", note).strip())]
     thrown = next(filter(None, map(_UNCAUGHT.search, notes)), None)
-    reasons = [thrown and thrown[2], next(filter(_FATAL.search, notes), ""), _member(exception, "subtype", str),
-               " ".join(details), _member(termination, "indicator", str), *notes[:1]]
+    name, message = (_member(_member(body, "exceptionReason", dict), member, str) for member in (
+        "name", "composed_message"))
+    reasons = [message, thrown and thrown[2], next(filter(_FATAL.search, informative), ""), *informative[:1],
+               _member(exception, "subtype", str), " ".join(details), _member(termination, "indicator", str),
+               *notes[:1]]
     kept_termination = _plain_members({name: termination.get(name) for name in ("namespace", "code", "indicator")})
     return {
         **_plain_members({
@@ -1384,11 +1403,11 @@ def _ips_crash(header: JsonObject, body: JsonObject) -> JsonObject:
             "exceptionCodes": exception.get("codes"), "exceptionSubtype": exception.get("subtype")}),
         **({"termination": kept_termination} if kept_termination else {}),
         "exception_type": _exception_type(
-            thrown[1] if thrown else "", _kill_code(termination.get("code"), *details), _member(exception, "type", str),
-            _member(exception, "signal", str)),
+            name or (thrown[1] if thrown else ""), _kill_code(termination.get("code"), *details),
+            _member(exception, "type", str), _member(exception, "signal", str)),
         "exception_reason": next(filter(None, reasons), None), "stack_trace": _ips_trace(body),
-        "app_version": bundle.get("CFBundleShortVersionString") or header.get("app_version"),
-        "build_number": bundle.get("CFBundleVersion") or header.get("build_version"),
+        "app_version": header.get("app_version") or bundle.get("CFBundleShortVersionString"),
+        "build_number": header.get("build_version") or bundle.get("CFBundleVersion"),
         "os_version": _os_version(_member(body, "osVersion", dict).get("train") or header.get("os_version")),
         "device_model": body.get("modelCode"),
         "occurred_at": _apple_time(body.get("captureTime"), header.get("timestamp"))}
@@ -1411,12 +1430,14 @@ def _ips_trace(body: JsonObject) -> list[JsonObject]:
 
 
 _CRASH_HEADER = re.compile(r"^([A-Z][\w /]{1,40}):(.*)", re.M)
-_CRASH_TYPE = re.compile(r"(\w+)(?: \((\w+)\))?")
+_CRASH_TYPE = re.compile(r"(\w+)(?: \((\w+))?")
 _TERMINATION = re.compile(r"(?:Namespace )?(\w+),? (?:Code )?(?:0x([0-9a-f]{1,16})|([0-9]{1,19}))\b[, ]*(.*)", re.I)
 _CRASH_THREAD = re.compile(r"^(?:Last Exception Backtrace:|Thread [0-9]{1,9} Crashed:).*\n", re.M)
 _CRASH_FRAME = re.compile(r"^[0-9]{1,9}[ \t](.*?)0x([0-9a-f]{1,16})\b(.*)", re.M | re.I)
-_CRASH_SYMBOL = re.compile(  # Cart.total() + 112 (Cart.swift:12)
-    r"(?!0x)(.*?)(?: \+ [0-9]+)?(?: \[inlined\])?(?: \(([^():]{1,200}):([0-9]{1,9})\))?(?: \[inlined\])?")
+_CRASH_SYMBOL = re.compile(  # Cart.total() + 112 (Cart.swift:12), or Cart.total() (in Shop) (Cart.swift:12) + 112
+    r"(?!0x)(.*?)(?: \(in [^()]{1,200}\))?(?: \+ [0-9]+)?(?: \[inlined\])?"
+    r"(?: \((<compiler-generated>|[^():]{1,200}(?=:)|[^():]{1,200}\.\w{1,9})(?::([0-9]{1,9}))?\))?"
+    r"(?: \+ [0-9]+)?(?: \[inlined\])?")
 _CRASH_IMAGE = re.compile(
     r"^[ \t]*0x([0-9a-f]{1,16})[ \t]*-[ \t]*0x([0-9a-f]{1,16})[ \t][^<\n]*<([0-9a-f-]+)>(.*)", re.M | re.I)
 
@@ -1427,16 +1448,18 @@ def _crash_text_as_ips(text: str) -> JsonObject:
     headers = reversed(_CRASH_HEADER.findall(text))  # of two with the same name, the first counts
     header = defaultdict(str, {name: value.strip() for name, value in headers})
     types, termination = _CRASH_TYPE.match(header["Exception Type"]), _TERMINATION.match(header["Termination Reason"])
-    version, _, build = header["Version"].replace("???", "").partition("(")
+    version, _, build = header["Version"].replace("???", "").rstrip(") ").partition("(")
+    if re.match(r"iPhone OS ([0-9]|1[0-4])\b", header["OS Version"]):  # wrote the build first
+        version, build = build, version
     context = re.search("^<RBSTerminateContext.*", text, re.M)
     code = termination and int(termination[2] or termination[3], 16 if termination[2] else 10)
     return {
         "exception": {"type": types and types[1], "signal": types and types[2], "codes": header["Exception Codes"],
-                      "subtype": header["Exception Subtype"]},
+                      "subtype": header["Exception Subtype"] or re.sub("^[^A-Z].*", "", header["Exception Codes"])},
         "termination": {"details": [header["Termination Description"] or (context and context[0])], "code": code,
                         "namespace": termination and termination[1], "indicator": termination and termination[4]},
         "asi": {"": [_paragraph_after(re.search("^Application Specific Information:.*\n", text, re.M))]},
-        "bundleInfo": {"CFBundleShortVersionString": version.strip(), "CFBundleVersion": build.rstrip(") "),
+        "bundleInfo": {"CFBundleShortVersionString": version.strip(), "CFBundleVersion": build.strip(),
                        "CFBundleIdentifier": header["Identifier"]},
         "procName": header["Process"].partition(" [")[0], "procPath": header["Path"],
         "cpuType": header["Code Type"].partition(" (")[0], "osVersion": {"train": header["OS Version"]},
@@ -1521,7 +1544,7 @@ def _read_diagnostics(text: str) -> Iterable[Diagnostic]:
     try:
         objects, problem = [_decode_nested(text)], ""
     except ValueError as error:
-        objects, problem = _objects_on_lines(text), str(error)[:100]
+        objects, problem = _objects_on_lines(text), json_problem(error)
     if not all(type(value) is dict for value in objects):
         raise Refusal(UNKNOWN_FORMAT, detail=f"the body is {_json_type(objects[0])}, not an object")
     bug_types = [str(value.get("bug_type")) for value in objects]
@@ -1537,6 +1560,8 @@ def _read_diagnostics(text: str) -> Iterable[Diagnostic]:
     if ips_body is not None:
         return [(parse_crash, _ips_crash(objects[0] if objects else {}, ips_body))]
     if problem or bug_type:
+        if "Exception Type:" in text:  # but at no beginning of a line
+            problem = "a .crash file without its line ends; curl keeps them with --data-binary"
         raise Refusal(UNKNOWN_FORMAT, detail="an .ips file whose body cannot be read" if bug_type else problem)
     return _metrickit_diagnostics(objects[0])
 
@@ -2365,7 +2390,7 @@ create table groups (
 
     @staticmethod
     def most_frequent(db: Any, app: int | None, days: range, limit: int = 5) -> list[JsonObject]:
-        """The most frequent groups of these days of the last week, described by the app that had them last."""
+        """The most frequent groups of these days of the last week, described by the app that has the latest crash."""
         return dict_rows(db, f"""
             select top.group_hash, exception_type, substr(coalesce(exception_reason, ''), 1, 200) as exception_reason,
                 count
@@ -2378,7 +2403,7 @@ create table groups (
             cross join groups on groups.group_hash = top.group_hash and groups.app_id = (
                 select app_id from groups
                 where {APP_FILTER} and group_hash = top.group_hash
-                order by last_seen desc, app_id
+                order by crashes > 0 desc, last_seen desc, app_id
                 limit 1)
             order by count desc, top.group_hash""", {"app": app, "first": days[0], "last": days[-1], "limit": limit})
 
@@ -3204,7 +3229,7 @@ def with_build(version: str | None, build: str | None) -> str:
 def _split_build(text: str) -> tuple[str, str]:
     """The version and the build in text such as 1.3.0 (48). The build is "" if there is none."""
     match = re.fullmatch(r"(.*[^ ]) *\(([^()]+)\)", text)
-    return (match[1], match[2]) if match else (text, "")
+    return (match[1], match[2].strip()) if match else (text, "")
 
 
 def _has_fix(version: str, build: str, fixed_in: str) -> bool | None:
@@ -3215,7 +3240,7 @@ def _has_fix(version: str, build: str, fixed_in: str) -> bool | None:
         if fixed_build in ("", build):
             return True
         key, fixed_key = version_key(build), version_key(fixed_build)
-    return key > fixed_key if key[0] and fixed_key[0] else None
+    return key >= fixed_key if key[0] and fixed_key[0] else None
 
 
 def _first_seen(db: Any, app_id: int, version: str, build: str) -> int | None:
@@ -3266,8 +3291,8 @@ def _find_reopening(db: Any, now: int, decision: Decision, crashes: list[Any], d
 
 
 def update_triage(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], are_moved: bool = False) -> None:
-    """Reopens resolved and muted groups that crashed again, and writes the facts for alerts. Ignores test apps. Crashes
-    that were moved from another group can be a regression, but they are not new and end no mute."""
+    """Reopens resolved and muted groups that crashed again, but none of a test app, and writes the facts for alerts.
+    Crashes that were moved from another group can be a regression, but they are not new and end no mute."""
     groups: dict[tuple[int, str], list[Any]] = defaultdict(list)
     for crash in crashes:
         groups[crash.app_id, crash.group_hash].append(crash)
@@ -3280,10 +3305,10 @@ def update_triage(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], a
             select column1, column2, crashes, devices, exception_type, coalesce(place, ''),
                 {", ".join(Decision._fields)}
             from (values *) as keys
-            cross join apps on apps.id = column1 and is_test = 0
+            cross join apps on apps.id = column1
             cross join groups on groups.app_id = column1 and groups.group_hash = column2
             left join triage on triage.app_id = column1 and triage.group_hash = column2
-            where column3 > 0 or state <> 'open'""", keys):
+            where (column3 > 0 or state <> 'open') and (is_test = 0 or coalesce(state, 'open') = 'open')""", keys):
         decision, stored, new_devices = Decision(*triage), groups[app_id, group_hash], devices_of[app_id, group_hash]
         if decision.state in ("resolved", "muted"):
             rollups.known.open_groups.discard((app_id, group_hash))
@@ -4292,6 +4317,7 @@ class Deletion(Apps):
             deleted["devices"] = rollups.figures[Devices].forget(device_id_hash)
             rollups.save()
             self._note_windows(db)
+            self._change_waiting_facts(db, _without_reason)  # of any device: a message does not say of which it is
         self._fold_in_wal()
         return +deleted
 
@@ -4328,12 +4354,23 @@ class Deletion(Apps):
                 db.execute("delete from " + rows, (app_id,))
             db.executemany("delete from state where name = ?", [(f"early_{app_id}",), (f"worse_{app_id}",)])
             db.execute(SET_STATE, (f"deleted_{app_id}", MAX_NUMBER))
-            for id, body in db.execute("select id, body from messages where due_at is not null").fetchall():
-                message = json.loads(body)
-                facts = [fact for fact in message["data"]["facts"] if fact.get("app") != name]
-                message["data"]["facts"] = facts
-                db.execute("update messages set body = ?, due_at = case when ? > 0 then due_at end where id = ?",
-                           (to_json(message), len(facts), id))
+            self._change_waiting_facts(db, lambda fact: fact if fact.get("app") != name else None)
+
+    @staticmethod
+    def _change_waiting_facts(db: Connection, change: Callable[[JsonObject], JsonObject | None]) -> None:
+        """Changes or drops facts in messages that are not sent yet. A message that loses all its facts is not sent."""
+        for id, body in db.execute("select id, body from messages where due_at is not null").fetchall():
+            message = json.loads(body)
+            message["data"]["facts"] = facts = list(filter(None, map(change, message["data"]["facts"])))
+            db.execute("update messages set body = ?, due_at = case when ? > 0 then due_at end where id = ?",
+                       (to_json(message), len(facts), id))
+
+
+def _without_reason(fact: JsonObject) -> JsonObject:
+    """A fact of a message without the reason of its crash, with which its text ends."""
+    reason = fact.get("reason", "")
+    return {**{name: value for name, value in fact.items() if name != "reason"},
+            "text": fact["text"].removesuffix(f": {reason}" if reason else "")}
 
 
 # == Stored symbols ============================================================
@@ -4868,6 +4905,7 @@ class Store(SymbolStore):
         """One step of what is due once a day: deletions, and at their end the warnings."""
         deleted = Counter(sums=RollUps(db, self.now).trim()) + self._expire_symbols(db)
         db.execute("delete from facts where at < ?", (self.now - FACT_DAYS * DAY,))
+        db.execute("delete from messages where due_at is null and created_at <= ?", (self.now - HOUR,))
         if not deleted:
             db.execute(SET_STATE, ("trimmed_day", self.now // DAY))
             for warning in self.warnings():
@@ -5310,8 +5348,12 @@ class Alerts:
             else:
                 db.execute("update channels set error = null, error_at = null, sent_at = ? where id = ?",
                            (now, channel_id))
-            db.execute("update messages set due_at = ?, taken_until = ? where id = ? and due_at is not null",
-                       (due_at, taken_until, message["id"]))  # null: another process sent it, or its app was deleted
+            # The body goes with the last try: it may have a reason, which must not outlive its report.
+            db.execute("""
+                update messages set due_at = :due, taken_until = :taken,
+                    body = case when :due is null then '' else body end
+                where id = :id and due_at is not null  -- null: another process sent it, or its app was deleted
+                """, {"due": due_at, "taken": taken_until, "id": message["id"]})
             if error and error.status == 410:
                 db.execute("update channels set ended_at = ? where id = ?", (now, channel_id))
                 db.execute("delete from messages where channel_id = ?", (channel_id,))
@@ -5663,8 +5705,8 @@ class GroupMetrics(PublicMetrics):
                 "versions": sorted(versions, key=version_key), "is_new": is_new}
 
     def _summary(self, db: Connection, app_id: int | None, group_hash: str) -> JsonObject:
-        """A summary of a group: sums and times are those of all its apps, the rest is that of the app where it was seen
-        last. If its crashes have expired, only the decision about it is left. {} for an unknown group."""
+        """A summary of a group: sums and times are those of all its apps, the rest is that of the app with its latest
+        crash. If its crashes have expired, only the decision about it is left. {} for an unknown group."""
         return next(iter(dict_rows(db, f"""
             select :group as group_hash, known.app_id, coalesce(exception_type, '') as exception_type,
                 coalesce(exception_reason, '') as exception_reason, coalesce(place, '') as place,
@@ -5677,7 +5719,7 @@ class GroupMetrics(PublicMetrics):
                 union select app_id from triage where {APP_FILTER} and group_hash = :group) as known
             left join groups on groups.app_id = known.app_id and groups.group_hash = :group
             left join triage on triage.app_id = known.app_id and triage.group_hash = :group
-            order by coalesce(groups.last_seen, 0) desc, known.app_id
+            order by coalesce(crashes, 0) > 0 desc, coalesce(groups.last_seen, 0) desc, known.app_id
             limit 1""", {"app": app_id, "group": group_hash})), {})
 
     def group(self, group_hash: str, app: str | None = None, limit: int = GROUP_REPORTS,
@@ -6841,13 +6883,15 @@ _SHOWN_ELSEWHERE = ("exception_type", "exception_reason", "stack_trace", "raw_st
 
 
 def _field_rows(page: PageRequest, report: JsonObject) -> Iterator[tuple[str, str]]:
-    """The label and HTML of each field of a crash that is not shown elsewhere, even if the server does not know it."""
+    """The label and HTML of each field of a crash that is not shown elsewhere, even if the server does not know it. An
+    unknown field may have the name of a known one, and any value."""
     formats: dict[str, Callable[[Any], str]] = {
         "occurred_at": page.time_html, "received_at": page.time_html, "device_model": device_html}
-    for name, value in {**report, **report.get("extra", {})}.items():
-        if name not in _SHOWN_ELSEWHERE and not (name == "breadcrumbs" and _breadcrumb_steps(report)):
-            html = formats[name](value) if name in formats else f"<bdi>{escape(_json_text(value))}</bdi>"
-            yield name.replace("_", " "), html
+    known = [(name, value, formats.get(name)) for name, value in report.items() if name not in _SHOWN_ELSEWHERE]
+    unknown = [(name, value, None) for name, value in report.get("extra", {}).items()
+               if name != "breadcrumbs" or not _breadcrumb_steps(report)]
+    for name, value, to_html in known + unknown:
+        yield name.replace("_", " "), to_html(value) if to_html else f"<bdi>{escape(_json_text(value))}</bdi>"
 
 
 # == Template parts ============================================================
@@ -7024,7 +7068,7 @@ _TEMPLATES = {name: bottle.SimpleTemplate(source) for name, source in {
 {{!body}}</main>
 <footer>All dates and times are in UTC.</footer></body></html>
 """,
-    "error": '<p>{{hint}}</p><p><a href="{{page.root}}/">Overview</a></p>',
+    "error": '<p>{{hint}}</p><p><a href="{{link("/")}}">Overview</a></p>',
     "sign_in": """<div class="sign-in">
 % if problem:
 <p class="problem" role="alert">{{problem}}</p>
@@ -7889,7 +7933,8 @@ def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> Non
         print("backfeedr on", _url(settings.host, settings.port), flush=True)
         print("".join(announcements), end="", flush=True)
         app.store.catch_up_in_background()  # finishes what a migration or a stop left undone
-        sys.stderr.write(_unencrypted_warning(settings, listener.getsockname()[0]))
+        if (warning := _unencrypted_warning(settings, listener.getsockname()[0])) and sys.stderr:
+            sys.stderr.write(warning)
         # The default of 5 ms starves the I/O thread, which needs the interpreter back after each call. Much less
         # would wake waiting threads too often. These three are not set at import, which may happen in a host app.
         sys.setswitchinterval(SWITCH_INTERVAL)
@@ -8088,8 +8133,9 @@ def _open_read_only(path: Path) -> Connection:
 def _check_file(path: Path) -> str:
     if not path.is_file():
         raise StoreError(f"there is no database {path}{DB_PATH_HINT}")
-    if not os.access(path, os.R_OK | os.W_OK):
-        raise StoreError(f"no permission to read and write {path}, which a server needs")
+    for place in (path, path.parent):
+        if not os.access(place, os.R_OK | os.W_OK):
+            raise StoreError(f"no permission to read and write {place}, which a server needs")
     free = shutil.disk_usage(path.parent).free
     if free < LOW_DISK:
         raise StoreError(f"only {megabytes(free)} are free on the disk")
@@ -8330,7 +8376,7 @@ class Commands:
     def do_import(self) -> str:
         with self.options.FILE as file:
             counts = import_jsonl(self.store, iter(lambda: file.readline(MAX_LINE), b""))
-        return (f"Stored {counts['stored']:,} reports; {counts['known']:,} were here already, and"
+        return (f"Stored {plural(counts['stored'], 'report')}; {counts['known']:,} were here already, and"
                 f" {counts['expired']:,} are older than what is kept here.")
 
 
@@ -8401,6 +8447,8 @@ def _run(options: argparse.Namespace, make: Callable[..., Backfeedr], open_store
         _restart_compiled()
         serve(Settings.from_env(**overrides), make)
         return 0
+    if sys.stdout is None:
+        raise StoreError("standard output is closed")  # which gets what a command creates or exports
     settings = Settings.from_env(**overrides)
     retention_days = settings.retention_days if os.environ.get("BACKFEEDR_RETENTION_DAYS") else None
     may_create = options.command in ("app_create", "import")
@@ -8493,8 +8541,14 @@ def _parse_date(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a date like 2026-03-12") from None
 
 
+def _parse_number(text: str) -> int:
+    return min(int(text), MAX_NUMBER)  # a larger one means nothing, and SQLite does not take it
+
+
 def _open_input(name: str) -> BinaryIO:
     """Opens an input file. It is an argument's type, so that a missing file is found before a new database is made."""
+    if name == "-" and sys.stdin is None:
+        raise StoreError("standard input is closed")
     try:
         return sys.stdin.buffer if name == "-" else open(name, "rb")
     except OSError as error:
@@ -8524,8 +8578,8 @@ _SERVE_OPTIONS = {"--host": dict(help="the address to listen on (default: 127.0.
                   "--port": dict(type=int, help="the port (default: 8080); 0 takes a free one", **_UNSET),
                   "--verbose": dict(action="store_true", help="log each request to standard error", **_UNSET)}
 _APP_NAME = {"NAME": dict(help="the app's name")}
-_DEVICE_HASH = {"HASH": dict(help="the device_id_hash that the app sends")}
-_CHANNEL_ID = {"ID": dict(type=int, help="the channel's number: see alert list")}
+_DEVICE_HASH = {"HASH": dict(type=_cut_text, help="the device_id_hash that the app sends")}
+_CHANNEL_ID = {"ID": dict(type=_parse_number, help="the channel's number: see alert list")}
 _COMMANDS: Sequence[tuple[str, str, Mapping[str, Any]]] = (  # name, help, arguments
     ("serve", "start the server", _SERVE_OPTIONS),
     ("app create", "create an app and print its first key", {

@@ -529,12 +529,14 @@ def test_an_invalid_variable_is_refused_by_name_even_beside_an_override(variable
     ("port", "8080", "'8080' is not a whole number"), ("port", True, "True is not a whole number"),
     ("public_metrics", 1, "1 is not 1 or 0"), ("db_path", "", "must name a file"), ("host", "", "must name a host"),
     ("host", None, "None is not text"),
+    *(("max_db_size", size, f"{size} bytes would leave no room for reports: give at least 500000, or 0 for no limit")
+      for size in (1, 10, 499_999)),
     ("auth_token", "x" * 15, "has fewer than 16 characters, so it could be guessed")])
 def test_an_invalid_python_value_is_refused_by_name(name, value, problem):
     with pytest.raises(SettingsError) as refused:
         Settings(**{name: value})
     assert str(refused.value) == f"{name}: {problem}"
-    assert Settings(auth_token="x" * 16).auth_token
+    assert Settings(auth_token="x" * 16, max_db_size=500_000).auth_token
 
 
 KUBERNETES = {"PORT": "tcp://10.0.0.1:8080", "SERVICE_HOST": "10.0.0.1", "SERVICE_PORT": "8080",
@@ -648,7 +650,10 @@ def calls(*names, **more):
         "function signature specialization <Arg[0] = Dead> of ")),
     *(("A.b()" + suffix, "A.b()") for suffix in (
         " + 123", " (.cold.1)", " [clone .cold.1]", ".cold.1", ".llvm.1234567", ".resume.0", ".cold",
-        " (Cart.swift:12)", " 0x1f4", " at 0x10", ".12 + 4")),
+        " (Cart.swift:12)", " 0x1f4", " at 0x10", ".12 + 4", " + 0x7b", " (in Shop)", " (in Shop) (Cart.swift:12) + 8",
+        " [0x104d1d1d8]", " (0x104d1d1d8)", " at Cart.swift:12")),
+    ("invocation function for block in Cart::total()", "Cart::total()"),
+    ("__45__12-[Cart total]_block_invoke_block_invoke_2", "-[Cart total]"),
     ("__24-[Cart totalOf:with:]_block_invoke_2", "-[Cart totalOf:with:]"), ("__cart_total_block_invoke", "cart_total"),
     ("__cart_total_block_invoke.17", "cart_total"), ("__9-[X y]_block_invoke_2.45.cold.1", "-[X y]"),
     ("$s4Shop1AV1byyYaFTQ0_", "$s4Shop1AV1byyYaF")])
@@ -854,7 +859,7 @@ CONVERTED = [  # a field, values with what is stored for them, and values of a w
       for path in (CRASHES, EVENTS)]]
 FRAMES = [({"line": "42", "frame": "0"}, {"line": 42, "frame": 0}), ({"line": 42.0}, {"line": 42}),
           ({"line": "x"},) * 2, ({"line": 1.5},) * 2, ({"line": True},) * 2,
-          ({"symbol": 1, "file": []}, {"symbol": "1", "file": "[]"})]
+          ({"symbol": 1, "file": []}, {"symbol": "1", "file": []})]
 BAD_BODIES = [
     *[(path, changed(sent, **{name: value}), f"invalid {name}")
       for path, sent, name, values in INVALID_VALUES for value in values],
@@ -901,7 +906,8 @@ def test_an_invalid_body_is_refused_with_the_reason_and_nothing_is_stored(serve)
 DETAILS = [
     (CRASHES, b"[]", "the body is a list, not an object"), (CRASHES, b'"a"', "the body is text, not an object"),
     (CRASHES, b"{", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
-    (CRASHES, b'{"a": 1e999}', "a number is out of range"), (EVENTS, b'{"a":' * 100_000, "it is nested too deep"),
+    *((CRASHES, b'{"a": %s}' % number, "a number is out of range") for number in (b"1e999", b"9" * 5000)),
+    (EVENTS, b'{"a":' * 100_000, "it is nested too deep"),
     (CRASHES, changed(CRASH, occurred_at="2026-03-12T14:22:31"), "occurred_at has no zone"),
     (EVENTS, changed(EVENT, occurred_at="yesterday"), "occurred_at is not a time like 2026-03-12T14:22:31Z"),
     (EVENTS, changed(EVENT, occurred_at=[1]), "occurred_at is not a time like 2026-03-12T14:22:31Z"),
@@ -980,6 +986,13 @@ def test_a_report_that_is_too_large_is_cut_at_the_end_and_says_so():
             assert expected or size > 0.9 * limit, "no more is cut than necessary"
             for name, value in expected.items():
                 assert (extra if name == "extra" else json.loads(row[name])) == value
+
+
+def test_frames_that_are_not_kept_decide_the_group_too():
+    for position, count in ((450, 700), (999, 5000), (4990, 5000)):
+        frames = [{"symbol": f"lib{n}"} for n in range(count)]
+        frames[position] = {"symbol": "App.a", "file": "a.swift"}
+        assert parse_crash({**CRASH, "stack_trace": frames}).group_hash == hashed(f"{CRASH['exception_type']}:App.a")
 
 
 def test_a_large_nested_value_in_a_report_that_is_cut_becomes_text():
@@ -1406,11 +1419,22 @@ TYPES = [  # a report, and its exception type and reason
         ({"asi": {"CoreFoundation": ["noise", ASI % "libc++"]}}, "NSRangeException", "it's 3\nof 2"),
         ({"asi": {"a": ["noise"], "b": ["Shop/Cart.swift:12: Fatal error: empty"]}}, "EXC_BREAKPOINT",
          "Shop/Cart.swift:12: Fatal error: empty"),
+        ({"exception": KILLED, "asi": {"libsystem_c.dylib": ["abort() called"]}, "exceptionReason": {
+            "name": "NSRangeException", "composed_message": "index 3", "class": "NSException"}},
+         "NSRangeException", "index 3"),
+        *[({"exception": {"type": "EXC_BAD_ACCESS", "subtype": "KERN_X"}, "termination": {"indicator": "Abort trap: 6"},
+            "asi": {"a": ["abort() called"], "b": [lines]}}, "EXC_BAD_ACCESS", reason) for lines, reason in (
+                ("Could not cast value of type 'A' (0x1) to 'B' (0x2).",) * 2, ("Performing @selector(a:)", "KERN_X"),
+                ("abort() called\nterminating due to std::runtime_error: boo",
+                 "terminating due to std::runtime_error: boo"))],
         ({"exception": 1, "termination": [], "asi": []}, "Unknown", None),
         ({"exception": {}, "termination": {}, "asi": {"a": ["noise"]}}, "Unknown", "noise")]], *[
     (crash_text(change), kind, reason) for change, kind, reason in [
         (("EXC_CRASH (SIGABRT)", "EXC_BAD_ACCESS (SIGSEGV)\nException Subtype: KERN_X at 0x1"),
          "EXC_BAD_ACCESS", "KERN_X at 0x1"),
+        (("EXC_CRASH (SIGABRT)\nException Codes: 0x", "EXC_BAD_ACCESS (SIGSEGV)\nException Codes: KERN_X at 0x1\n0x"),
+         "EXC_BAD_ACCESS", "KERN_X at 0x1"),
+        (("(SIGABRT)", "(SIGKILL (Code Signature Invalid))"), "SIGKILL", "Abort trap: 6"),
         ((ABORTED, "Namespace SPRINGBOARD, Code 0x8badf00d"), "0x8badf00d", None),
         ((ABORTED, "RUNNINGBOARD 3735883980 "), "0xdead10cc", None),
         ((ABORTED, "FRONTBOARD\n" + WATCHDOG), "0x8badf00d", WATCHDOG),
@@ -1435,6 +1459,26 @@ def test_the_os_version_is_the_number_alone(sent, expected):
 
 def test_of_two_equal_headers_of_a_crash_text_the_first_counts():
     assert only(crash_text(("Triggered", "Version: 9.9 (9)\n\nTriggered")))["app_version"] == "1.2.0"
+
+
+@pytest.mark.parametrize("system, head, release", [
+    ("iPhone OS 26.1 (23B85)", "", ("1.2.0", "47")), ("macOS 12.1 (21C52)", "", ("1.2.0", "47")),
+    ("iPhone OS 15.0", "", ("1.2.0", "47")), ("iPhone OS 14.4 (18D52)", "", ("47", "1.2.0")),
+    ("iPhone OS 9.3", "", ("47", "1.2.0")),
+    ("iPhone OS 14.4", '{"app_version": "3", "build_version": "4", "bug_type": "109"}\n', ("3", "4"))])
+def test_a_crash_text_has_its_version_first_or_before_ios_15_its_build(system, head, release):
+    report = only(head.encode() + crash_text(("iPhone OS 26.1 (23B85)", system)))
+    assert (report["app_version"], report["build_number"]) == release
+
+
+@pytest.mark.parametrize("place, file, line", [
+    ("Cart.total() + 80 (Cart.swift:12)", "Cart.swift", 12), ("Cart.total() + 80 (Cart.swift)", "Cart.swift", None),
+    ("Cart.total() (in Shop) (Cart.swift:12) + 80", "Cart.swift", 12), ("Cart.total() (in Shop) + 80", None, None),
+    ("Cart.total() + 80 (<compiler-generated>)", None, None), ("Cart.total() + 80", None, None),
+    ("Cart.total() + 80 (Cart.swift:12) [inlined]", "Cart.swift", 12), ("Cart.total()", None, None)])
+def test_a_frame_of_a_crash_text_has_its_name_file_and_line_in_any_form_of_apples_tools(place, file, line):
+    frame = only(crash_text(("Cart.total() + 4 (Cart.swift:12) [inlined]", place)))["stack_trace"][1]
+    assert (frame["symbol"], frame.get("file"), frame.get("line")) == ("Cart.total()", file, line)
 
 
 def test_an_empty_value_of_apple_is_no_version_build_or_model():
@@ -2585,7 +2629,8 @@ def subscribed(api):
         **dict.fromkeys(["1.3.0", "1.3", "1.3.0 1", "1.3.0.1", "1.3.1-beta", "1.10", "2", "v1.3.0", "1.3.0+7"], 1)}),
     (["1.0 1"], "1.3.0 (48)", {
         **dict.fromkeys(["1.3.0 47", "1.3.0 9", "1.3.0-rc.1 99", "1.2 100"], 0),
-        **dict.fromkeys(["1.3.0 48", "1.3 48", "1.3.0 100", "1.3.1 1", "1.3.0 48.1"], 1)}),
+        **dict.fromkeys(["1.3.0 48", "1.3 48", "1.3.0 100", "1.3.1 1", "1.3.0 48.1", "1.3.0 048", "1.3.0 48.0"], 1)}),
+    ([], "1.3.0 ( 48.1 )", {"1.3.0 48": 0, "1.3.0 48.1.0": 1}),
     ([], "1.3.0", {"1.3 5": 1}), (["1.0 1"], "1.3.0-rc.2", {
         "1.3.0-rc.1": 0, "1.3.0-beta.3": 0, "1.3.0-rc.2": 1, "1.3.0-rc.10": 1, "1.3.0rc2": 1, "1.3.0": 1}),
     ([], "1.3.0 (48)", {"1.3.0 (47)": 0, "1.3.0 (48)": 1}),
@@ -2696,14 +2741,14 @@ def test_two_hosts_that_commit_side_by_side_reopen_a_group_once(serve, clock):
     assert [what for what, _ in history_of(server)] == ["resolved", "regressed"] * 5
 
 
-def test_replays_imports_and_test_apps_reopen_no_group_and_note_no_fact(serve, subscribed, clock):
+def test_replays_imports_and_test_apps_reopen_no_group_but_a_test_app_has_new_ones(serve, subscribed, clock):
     key, new = {"Idempotency_Key": "k"}, {**CRASH, "app_version": "2.0"}
     server, other = subscribed.server, serve("other.db")
     test_key = server.store.create_app("trial", is_test=True)
     subscribed.post(CRASHES, new, **key)
     subscribed.post(CRASHES, new, key=test_key)
     Api(other).post(CRASHES, {**new, "build_number": "9"})
-    assert [kind for kind, _ in facts_of(server)] == ["crash.new"]
+    assert sql(server.store.path, "select kind, app_id from facts order by id") == [("crash.new", 1), ("crash.new", 2)]
     for query in ("", "app=trial"):
         assert patch(server, {"state": "resolved", "fixed_in": "2.0"}, query=query)[0] == 200
     clock.move(1)
@@ -2711,9 +2756,9 @@ def test_replays_imports_and_test_apps_reopen_no_group_and_note_no_fact(serve, s
     assert server.store.import_(list(other.store.export(backfeedr.Crash)))["stored"] == 1
     assert subscribed.post(CRASHES, new, key=test_key)[0] == 201
     assert [server.metrics.group(ABORTS, app)["state"] for app in (None, "trial")] == ["resolved"] * 2
-    assert len(facts_of(server)) == 1
+    assert len(facts_of(server)) == 2
     subscribed.post(CRASHES, new)
-    assert state_of(server) == "open" and [kind for kind, _ in facts_of(server)][1:] == ["crash.regressed"]
+    assert state_of(server) == "open" and [kind for kind, _ in facts_of(server)][2:] == ["crash.regressed"]
 
 
 def test_crashes_that_stay_in_their_group_during_a_catch_up_do_not_regress_it(serve, clock):
@@ -5367,6 +5412,25 @@ def test_a_reason_leaves_the_host_only_if_a_channel_asks_for_it(serve, clock, re
     assert "(default 1.3.0): Card 4111" in chat
 
 
+def test_a_reason_is_kept_no_longer_in_a_message_than_in_its_report(serve, clock, receiver):
+    server = serve()
+    server.alerts.add(receiver.url, with_reason=True)
+    Api(server).post(CRASHES, {**CRASH, "exception_reason": "Card 4111", "device_id_hash": "d"})
+    receiver.status = 500
+    assert deliver_later(server, clock) == {"sent": 0, "failed": 1} and receiver.facts("reason")[0] == ["Card 4111"]
+    assert "4111" in sql(server.store.path, "select body from messages")[0][0]
+    server.store.forget_device("d")
+    assert "4111" not in sql(server.store.path, "select body from messages")[0][0]
+    receiver.status = 204
+    assert deliver_later(server, clock) == ONE_SENT and receiver.facts("type") == [["crash.new"]] * 2
+    assert "4111" not in receiver.requests[1].body and receiver.facts("text")[1] == [
+        receiver.facts("text")[0][0].replace(": Card 4111", "")]
+    assert sql(server.store.path, "select body from messages") == [("",)]
+    clock.move(A_DAY)
+    server.store.catch_up()
+    assert count(server, "messages") == 0
+
+
 def test_an_address_to_which_nothing_can_be_sent_is_refused(api, monkeypatch):
     monkeypatch.setitem(sys.modules, "apprise", None)
     for url in ("", "example.com", "https://", "https://a b/", "https://a\n/", "https://a:99999/", "https://a:0/",
@@ -5668,7 +5732,7 @@ PLANS = {
                   GROUP_CRASHES],
     "event_names": ["event_names USING PRIMARY KEY (app_id=?)", "event_names USING PRIMARY KEY (app_id=? AND name=?"
                     " AND type=? AND day>? AND day<?)"], "neighbours": [GROUP_CRASHES],
-    "group_days": [GROUP_CRASHES],
+    "days_of_groups": [GROUP_CRASHES],
     "events": SESSION_LOOKUPS, "events, oldest first": SESSION_LOOKUPS,
     "a commit": [f"{table} USING PRIMARY KEY (app_id=? AND {key})" for table, key in (
         ("devices", "device=?"), ("device_days", "device=? AND day>? AND day<?"),
@@ -5683,7 +5747,7 @@ def test_each_question_and_a_commit_use_an_index(api):
     for version in ("1.0", "1.1"):
         api.post(EVENTS, {**event, "app_version": version})
     arguments = {
-        "group": {"group_hash": crash["group_hash"]}, "group_days": {"groups": [crash["group_hash"]]},
+        "group": {"group_hash": crash["group_hash"]}, "days_of_groups": {"groups": [crash["group_hash"]]},
         "groups, of days": {"days": 7}, "events": session, "events, oldest first": {**session, "oldest_first": True},
         "crash": {"id": crash["id"]}, "neighbours": {"crash": crash}}
     for question, plan in PLANS.items():
@@ -6144,6 +6208,18 @@ def test_a_deletion_searches_few_crashes_for_the_latest_ones_of_all_groups_toget
     server.store.prune()
     assert dict(sql(server.store.path, "select exception_reason, count(*) from groups group by 1")) \
         == {"crash 1": 2, None: 1}
+
+
+def test_a_group_of_two_apps_is_described_by_the_one_that_still_has_a_crash_of_it(keeping, clock):
+    server = keeping(2)
+    other = server.store.create_app("B")
+    add(server, exception_reason="of the first")
+    clock.move(1.5 * A_DAY)
+    add(server, key=other, exception_reason="late", occurred_at=time_text(clock.seconds - 2 * A_DAY))
+    clock.move(A_DAY)
+    server.store.prune()
+    assert [top["exception_reason"] for top in server.metrics.overview()["top_crashes"]] == ["late"]
+    assert [group["exception_reason"] for group in server.metrics.groups()["groups"]] == ["late"]
 
 
 def test_an_emptied_group_was_last_seen_at_the_crash_that_comes_next(one_day, clock):
@@ -7411,6 +7487,16 @@ def test_every_field_of_a_report_is_shown_as_text(api, person):
         assert page.count("</style>") == 1 and not re.search("[\x00-\x08\x0b-\x1f\x7f]", page), path
         assert path in ("/releases", "/apps") or "script&gt;alert(1)" in page, path
     assert person.text("/crashes/" + group).count("{{7777*7777}}") > 10
+
+
+def test_an_unknown_field_may_have_the_name_of_a_known_one_and_any_value(api, person):
+    for value in ({}, ["x"], 1.5, True, "2026-13-45T00:00:00Z", "9999999-01-01T00:00:00Z"):
+        names = [*parse_crash(CRASH)._fields, "received_at", "clock_ahead_ms", "id", "app", "raw_stack_trace"]
+        sent = {**dict.fromkeys(names, value), "exception_type": "E", "occurred_at": NOW}
+        assert api.post(CRASHES, sent)[0] == 201
+        person.get("/crashes/" + api.server.metrics.groups()["groups"][0]["group_hash"], status=200)
+        report = api.server.metrics.groups()["groups"] and api.server.metrics.group(hashed("E"))["reports"][0]
+        assert report["extra"]["received_at"] == value and report["received_at"] == NOW
 
 
 def test_the_page_of_a_huge_report_is_small(api, person):
@@ -9267,6 +9353,36 @@ def test_a_backup_is_complete_or_not_there_and_replaces_no_file(command, filled,
         copy.touch()
 
 
+@pytest.mark.parametrize("stream, arguments, problem", [
+    ("stdout", ("export", "crashes"), "standard output is closed"),
+    ("stdout", ("app", "create", "Shop"), "standard output is closed"),
+    ("stdin", ("import", "-"), "standard input is closed")])
+def test_a_command_that_needs_a_closed_stream_does_nothing_and_says_so(
+        command, filled, monkeypatch, stream, arguments, problem):
+    apps = filled.store.apps()
+    with monkeypatch.context() as closed:
+        closed.setattr(sys, stream, None)
+        outcome = command(*arguments)
+    assert outcome == (1, "", f"backfeedr: {problem}\n") and filled.store.apps() == apps
+
+
+def test_arguments_that_are_too_large_or_too_long_are_taken_like_those_of_a_request(command, filled):
+    for action in ("test", "remove"):
+        number = (1 << 63) - 1
+        assert command("alert", action, "9" * 20) == (
+            1, "", f"backfeedr: there is no channel {number}: see 'alert list'\n")
+    add(filled, device_id_hash="d" * 600)
+    assert json.loads(output_of(command, "device", "show", "d" * 600))["crashes"]
+    assert command("device", "forget", "d" * 501)[0] == 0 and command("device", "show", "d" * 600)[0] == 1
+
+
+def test_check_finds_a_file_or_a_folder_that_a_server_could_not_write_to(command, filled, monkeypatch):
+    path = Path("backfeedr.db").absolute()
+    for place in (path, path.parent):
+        monkeypatch.setattr(os, "access", lambda asked, mode, place=place: asked != place)
+        assert f"BAD file: no permission to read and write {place}, which a server needs\n" in command("check")[1]
+
+
 @pytest.mark.parametrize("name", ["backfeedr.db", "closed.db", "crashed.db"])
 def test_check_prints_a_line_for_each_check_and_changes_nothing(command, filled, monkeypatch, name):
     def contents():
@@ -9322,6 +9438,7 @@ def test_check_finds_damage_and_leaves_an_older_schema_to_the_next_start(command
 
 def test_check_warns_above_90_percent_of_the_disk_or_the_size_limit(command, filled, monkeypatch):
     size = Path("backfeedr.db").stat().st_size
+    monkeypatch.setattr(backfeedr, "MIN_DB_SIZE", 1)
     large = "WARN The database is at {} % of BACKFEEDR_MAX_DB_SIZE; above it, the oldest reports are deleted."
     full = "WARN The disk is nearly full: 9,900.0 MB are free."
     for percent, limit, warnings in (
