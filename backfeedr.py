@@ -652,7 +652,7 @@ _COMPILER_PREFIXES = re.compile(
     r"|\([0-9]+\) (?:suspend|await) resume partial function for "
     r"|(?:generic|function signature) specialization <[^<>]*(?:<[^<>]*>[^<>]*)*> of )+")
 _COMPILER_SUFFIXES = re.compile(
-    r"(?: \+ (?:0x[0-9a-fA-F]+|[0-9]+)| \((?:in [^()]*|[^()]*:[0-9]+|\.[\w.]+)\)| at [^ ():]+:[0-9]+"
+    r"(?: \+ (?:0x[0-9a-fA-F]+|[0-9]+)| \((?:in [^()]*|[^()]*:[0-9]+|\.[\w.]+)\)| at [^ ():]+(?::[0-9]+){1,2}"
     r"| \[clone [^]]*\]| (?:at )?[\[(]?0x[0-9a-fA-F]+[\])]?|\.(?:cold|resume)"
     r"|T[YQ][0-9]+_|(?:\.(?:cold|llvm|resume|part|constprop|isra))?\.[0-9]+)+")
 _BLOCK = re.compile(r"(?:(?:__[0-9]+)+(?=[-+]\[)|__(?=.*_block_invoke))?(.*?)(?:_block_invoke(?:_[0-9]+)?)+")
@@ -839,7 +839,7 @@ MAX_FIELDS = 256  # of `properties`, and of unknown fields
 MAX_FRAME_FIELDS = 32  # of each frame, if a report is cut
 FRAME_ROOM = 200  # bytes for each frame, if a report is cut: the others are dropped, so that these stay whole
 FIRST_FRAMES, LAST_FRAMES = 384, 128  # that are kept of a longer stack trace
-GROUPED_FRAMES = 1000  # of a longer stack trace that, with the last ones, decide the group
+GROUPED_FRAMES = 1000  # the first frames of a longer stack trace; they and LAST_FRAMES of it decide the group
 Converters = Mapping[str, Callable[[Any], Any]]  # by field: gives the value to store; an error if it is wrong
 
 
@@ -935,7 +935,7 @@ def parse_crash(sent: JsonObject, max_size: int = MAX_REPORT_SIZE) -> Crash:
     values = _convert({**sent, "stack_trace": frames} if frames else sent, Crash, max_size)
     kept = list(map(read_frame, _limit_length(frames)))
     grouped: Iterable[Frame] = kept
-    if len(frames) > len(kept):  # the app's own may be among those that are not kept
+    if len(frames) > len(kept):  # frames of the app may be among those that are dropped
         searched = trace[:GROUPED_FRAMES] + trace[GROUPED_FRAMES:][-LAST_FRAMES:]
         grouped = map(read_frame, map(_normalize_frame, searched))
     return Crash(group_hash(values[0], grouped), builds_to_symbolicate(kept), *values)
@@ -953,7 +953,7 @@ def _cached_own_frame_names(stack_trace: str) -> tuple[str, ...]:  # crashes of 
 
 
 def _normalize_frame(frame: JsonObject) -> JsonObject:
-    """A frame in which numbers sent for text are text, and its own number and line whole numbers where possible."""
+    """A frame in which a number sent for a text is text, and `frame` and `line` are whole numbers where possible."""
     changes: JsonObject = {name: str(value) for name in ("symbol", "file")
                            if type(value := frame.get(name)) in (int, float)}
     for name in ("frame", "line"):
@@ -1103,6 +1103,12 @@ def _truncate_fairly(long: JsonObject, room: int) -> JsonObject:
         {_beginning(name, share): _beginning(value, share) for name, value in members.items()} for members in objects)
     cut = {"stack_trace": frames, "properties": properties, "extra": extra, "exception_reason": reason[""]}
     return {name: cut[name] for name in long}
+
+
+def is_trace_cut(extra: str | None) -> bool:
+    """Whether the stack trace of a crash was cut. A client may send anything under the name `truncated`."""
+    cut = json.loads(extra).get("truncated") if extra and "truncated" in extra else None
+    return type(cut) is list and "stack_trace" in cut
 
 
 def _fair_share(sizes: list[int], room: int) -> int:
@@ -1436,7 +1442,8 @@ _CRASH_THREAD = re.compile(r"^(?:Last Exception Backtrace:|Thread [0-9]{1,9} Cra
 _CRASH_FRAME = re.compile(r"^[0-9]{1,9}[ \t](.*?)0x([0-9a-f]{1,16})\b(.*)", re.M | re.I)
 _CRASH_SYMBOL = re.compile(  # Cart.total() + 112 (Cart.swift:12), or Cart.total() (in Shop) (Cart.swift:12) + 112
     r"(?!0x)(.*?)(?: \(in [^()]{1,200}\))?(?: \+ [0-9]+)?(?: \[inlined\])?"
-    r"(?: \((<compiler-generated>|[^():]{1,200}(?=:)|[^():]{1,200}\.\w{1,9})(?::([0-9]{1,9}))?\))?"
+    r"(?: \((<compiler-generated>|[^():]{1,200}(?=:)|[^():.][^():]{0,199}\.(?:swift|mm?|[chs]|cc|cpp|cxx|hpp|metal))"
+    r"(?::([0-9]{1,9})(?::[0-9]{1,9})?)?\))?"
     r"(?: \+ [0-9]+)?(?: \[inlined\])?")
 _CRASH_IMAGE = re.compile(
     r"^[ \t]*0x([0-9a-f]{1,16})[ \t]*-[ \t]*0x([0-9a-f]{1,16})[ \t][^<\n]*<([0-9a-f-]+)>(.*)", re.M | re.I)
@@ -1560,7 +1567,7 @@ def _read_diagnostics(text: str) -> Iterable[Diagnostic]:
     if ips_body is not None:
         return [(parse_crash, _ips_crash(objects[0] if objects else {}, ips_body))]
     if problem or bug_type:
-        if "Exception Type:" in text:  # but at no beginning of a line
+        if "Exception Type:" in text:  # but not at the start of a line
             problem = "a .crash file without its line ends; curl keeps them with --data-binary"
         raise Refusal(UNKNOWN_FORMAT, detail="an .ips file whose body cannot be read" if bug_type else problem)
     return _metrickit_diagnostics(objects[0])
@@ -1819,8 +1826,17 @@ class Symbols:
         """The crash, in the group that follows from its symbolicated frames."""
         if not self.can_name(crash.images):
             return crash
-        frames = self.symbolicated(json.loads(crash.stack_trace))
-        return crash._replace(group_hash=group_hash(crash.exception_type, map(read_frame, frames)))
+        frames = json.loads(crash.stack_trace)
+        group = self.group_of(frames, crash.exception_type, crash.group_hash, is_trace_cut(crash.extra))
+        return crash._replace(group_hash=group)
+
+    def group_of(self, frames: Iterable[JsonObject], exception_type: str, group: str, is_cut: bool) -> str:
+        """The group that follows from symbolicated frames. If others were cut and none of these is the app's own, the
+        crash stays in its group: the frames that decided it may be gone."""
+        named, searched = tee(map(read_frame, self.symbolicated(frames)))
+        if is_cut and not any(map(_GROUP_RULES[0], searched)):
+            return group
+        return group_hash(exception_type, named)
 
 
 def _read_page(db: Any, uuid: str, first: int) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[str]]:
@@ -1888,7 +1904,8 @@ class KnownRows:
         self._version = version
         self.app_of_key: dict[bytes, int] = {}  # app_id by the hash of an active key
         self.names: set[Row] = set()  # app_id, field and name: those that do not count as `(other)`
-        self.given: Row = ()  # the last seq that was given, and where the next range of given ones begins, or None
+        # The last seq that was given, the first seq of the next range in `given_seqs` or None, and the limit between.
+        self.given: Row = ()
         self.group_devices: set[Row] = set()  # app_id, group_hash and device_id_hash of crashes
         self.open_groups: set[Row] = set()  # app_id and group_hash: a known device changes nothing in their triage
         self.rows: dict[str, dict[Row, Any]] = defaultdict(dict)  # by table and key
@@ -2415,7 +2432,7 @@ class SeenBuild(NamedTuple):
     """When the first and the last report of a build were received, in milliseconds."""
 
     first_seen: int
-    last_seen: int  # of the reports of its last second, the first one counts, so that the row seldom changes
+    last_seen: int  # that of the first report in the last second, so that the row changes at most once a second
 
     def merged(self, other: SeenBuild) -> SeenBuild:
         is_same_second = self.last_seen // SECOND == other.last_seen // SECOND
@@ -3397,14 +3414,14 @@ class Connection(sqlite3.Connection):
     def reserve_seqs(self, now: int, count: int, known: KnownRows) -> int:
         """Reserves `count` consecutive seqs that were never given before; returns the first."""
         limit = first_seq(now + DAY)  # higher ones were given while the clock was fast
-        if not known.given or known.given[0] >= limit:
-            known.given = self.execute("""
+        if not known.given or abs(limit - known.given[2]) > first_seq(HOUR):  # the clock may have been set
+            known.given = *self.execute("""
                 select coalesce(max(seq), 0), (select min(first) from given_seqs where last >= :limit) from (
                     select max(seq) as seq from crashes where seq < :limit
                     union all select max(seq) from events where seq < :limit
                     union all select max(last) from given_seqs where last < :limit) as given
-                """, {"limit": limit}).fetchone()
-        last, next_range = known.given
+                """, {"limit": limit}).fetchone(), limit
+        last, next_range, asked_limit = known.given
         first: int = max(last + 1, random_seq(now))
         while next_range and first + count > next_range and (overlap := self.execute(
                 "select last from given_seqs where first < ? and last >= ?", (first + count, first)).fetchone()):
@@ -3415,7 +3432,7 @@ class Connection(sqlite3.Connection):
                     select max(first) from given_seqs where last between ? and ?)
                 """, (first + count - 1, first - first_seq(DAY), first)).rowcount:
             self.execute("insert into given_seqs values (?, ?)", (first, first + count - 1))
-        known.given = first + count - 1, next_range
+        known.given = first + count - 1, next_range, asked_limit
         return first
 
     def try_to_write(self) -> None:
@@ -4317,7 +4334,8 @@ class Deletion(Apps):
             deleted["devices"] = rollups.figures[Devices].forget(device_id_hash)
             rollups.save()
             self._note_windows(db)
-            self._change_waiting_facts(db, _without_reason)  # of any device: a message does not say of which it is
+            if +deleted:  # from all waiting messages, because a message does not name its device
+                self._change_waiting_facts(db, _without_reason)
         self._fold_in_wal()
         return +deleted
 
@@ -4357,9 +4375,12 @@ class Deletion(Apps):
             self._change_waiting_facts(db, lambda fact: fact if fact.get("app") != name else None)
 
     @staticmethod
-    def _change_waiting_facts(db: Connection, change: Callable[[JsonObject], JsonObject | None]) -> None:
-        """Changes or drops facts in messages that are not sent yet. A message that loses all its facts is not sent."""
-        for id, body in db.execute("select id, body from messages where due_at is not null").fetchall():
+    def _change_waiting_facts(db: Connection, change: Callable[[JsonObject], JsonObject | None],
+                              before: int = MAX_NUMBER) -> None:
+        """Changes or drops facts in messages that were made before a time, in milliseconds, and are not sent yet. A
+        message that loses all its facts is not sent."""
+        for id, body in db.execute("select id, body from messages where due_at is not null and created_at < ?",
+                                   (before,)).fetchall():
             message = json.loads(body)
             message["data"]["facts"] = facts = list(filter(None, map(change, message["data"]["facts"])))
             db.execute("update messages set body = ?, due_at = case when ? > 0 then due_at end where id = ?",
@@ -4367,10 +4388,9 @@ class Deletion(Apps):
 
 
 def _without_reason(fact: JsonObject) -> JsonObject:
-    """A fact of a message without the reason of its crash, with which its text ends."""
-    reason = fact.get("reason", "")
-    return {**{name: value for name, value in fact.items() if name != "reason"},
-            "text": fact["text"].removesuffix(f": {reason}" if reason else "")}
+    """A fact of a message without the crash's reason, which is also the end of its text."""
+    kept = {name: value for name, value in fact.items() if name != "reason"}
+    return {**kept, "text": fact["text"].removesuffix(f": {fact['reason']}")} if "reason" in fact else fact
 
 
 # == Stored symbols ============================================================
@@ -4530,8 +4550,7 @@ class SymbolStore(Deletion):
                     select images, exception_type, stack_trace, extra from crashes where seq = ?
                     """, (seq,)).fetchall():  # none if it was deleted meanwhile
                 last_seq = seq
-                is_cut = "truncated" in (extra or "") and _is_trace_cut(json.loads(extra))
-                new = target_of(exception_type, trace, is_cut)
+                new = target_of(exception_type, trace, is_trace_cut(extra))
                 if new != (group, images):
                     moves[seq] = new
             checked += 1
@@ -4591,21 +4610,14 @@ class SymbolStore(Deletion):
         return next((target for target in reversed(targets) if target != group), "")
 
 
-def _is_trace_cut(extra: JsonObject) -> bool:
-    """Whether the stack trace of a crash was cut. A client may send anything under the name `truncated`."""
-    cut = extra.get("truncated")
-    return type(cut) is list and "stack_trace" in cut
-
-
 def _group_and_images(symbols: Symbols, group: str, exception_type: str, trace: str | None,
                       is_cut: bool) -> tuple[str, str | None]:
-    """The group that a stored crash belongs to now, and its images. If its stack trace was cut and no symbols name it,
-    it stays in its group: the frames that decided its group may be gone."""
+    """The group that a stored crash belongs to now, and its images."""
     frames = json.loads(trace or "[]")
     images = builds_to_symbolicate(map(read_frame, frames))
     if is_cut and not symbols.can_name(images):
         return group, images
-    return group_hash(exception_type, map(read_frame, symbols.symbolicated(frames))), images
+    return symbols.group_of(frames, exception_type, group, is_cut), images
 
 
 # == Store =====================================================================
@@ -4906,6 +4918,7 @@ class Store(SymbolStore):
         deleted = Counter(sums=RollUps(db, self.now).trim()) + self._expire_symbols(db)
         db.execute("delete from facts where at < ?", (self.now - FACT_DAYS * DAY,))
         db.execute("delete from messages where due_at is null and created_at <= ?", (self.now - HOUR,))
+        self._change_waiting_facts(db, _without_reason, before=self._first_kept_seq >> SEQ_BITS)
         if not deleted:
             db.execute(SET_STATE, ("trimmed_day", self.now // DAY))
             for warning in self.warnings():
@@ -5348,7 +5361,7 @@ class Alerts:
             else:
                 db.execute("update channels set error = null, error_at = null, sent_at = ? where id = ?",
                            (now, channel_id))
-            # The body goes with the last try: it may have a reason, which must not outlive its report.
+            # The body is deleted after the last try: it may have a reason, which must not outlive its report.
             db.execute("""
                 update messages set due_at = :due, taken_until = :taken,
                     body = case when :due is null then '' else body end
@@ -8087,7 +8100,7 @@ def _parse_exported(line: bytes) -> StoredReport:
     if not match or not first_seq(received_at) <= int(match[2], 16) < first_seq(received_at + 3650 * DAY):
         raise Refusal("invalid id")
     report: Any = (parse_event if match[1] else parse_crash)({**extra, **values})
-    if _is_trace_cut(extra) and re.fullmatch("[0-9a-f]{16}", str(group)):
+    if is_trace_cut(to_json(extra)) and re.fullmatch("[0-9a-f]{16}", str(group)):
         report = report._replace(group_hash=group)
     return StoredReport(int(match[2], 16), app, is_test, received_at, ahead_ms, report)
 
@@ -8448,7 +8461,7 @@ def _run(options: argparse.Namespace, make: Callable[..., Backfeedr], open_store
         serve(Settings.from_env(**overrides), make)
         return 0
     if sys.stdout is None:
-        raise StoreError("standard output is closed")  # which gets what a command creates or exports
+        raise StoreError("standard output is closed")  # it would get the new key or the export
     settings = Settings.from_env(**overrides)
     retention_days = settings.retention_days if os.environ.get("BACKFEEDR_RETENTION_DAYS") else None
     may_create = options.command in ("app_create", "import")
@@ -8542,7 +8555,9 @@ def _parse_date(text: str) -> int:
 
 
 def _parse_number(text: str) -> int:
-    return min(int(text), MAX_NUMBER)  # a larger one means nothing, and SQLite does not take it
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a channel's number")
+    return int(text)
 
 
 def _open_input(name: str) -> BinaryIO:

@@ -651,7 +651,7 @@ def calls(*names, **more):
     *(("A.b()" + suffix, "A.b()") for suffix in (
         " + 123", " (.cold.1)", " [clone .cold.1]", ".cold.1", ".llvm.1234567", ".resume.0", ".cold",
         " (Cart.swift:12)", " 0x1f4", " at 0x10", ".12 + 4", " + 0x7b", " (in Shop)", " (in Shop) (Cart.swift:12) + 8",
-        " [0x104d1d1d8]", " (0x104d1d1d8)", " at Cart.swift:12")),
+        " [0x104d1d1d8]", " (0x104d1d1d8)", " at Cart.swift:12", " at a.rs:1:2")),
     ("invocation function for block in Cart::total()", "Cart::total()"),
     ("__45__12-[Cart total]_block_invoke_block_invoke_2", "-[Cart total]"),
     ("__24-[Cart totalOf:with:]_block_invoke_2", "-[Cart totalOf:with:]"), ("__cart_total_block_invoke", "cart_total"),
@@ -993,6 +993,14 @@ def test_frames_that_are_not_kept_decide_the_group_too():
         frames = [{"symbol": f"lib{n}"} for n in range(count)]
         frames[position] = {"symbol": "App.a", "file": "a.swift"}
         assert parse_crash({**CRASH, "stack_trace": frames}).group_hash == hashed(f"{CRASH['exception_type']}:App.a")
+
+
+@pytest.mark.parametrize("is_own, is_cut, group", [
+    (False, False, hashed("E:A.b")), (False, True, "g"), (True, True, hashed("E:A.b")), (True, False, hashed("E:A.b"))])
+def test_symbols_move_a_cut_crash_only_by_frames_of_the_app(monkeypatch, is_own, is_cut, group):
+    monkeypatch.setattr(backfeedr.Symbols, "symbolicated", lambda self, frames: iter(frames))
+    frames = [{"symbol": "A.b", "in_app": is_own}]
+    assert backfeedr.Symbols(None).group_of(frames, "E", "g", is_cut) == group
 
 
 def test_a_large_nested_value_in_a_report_that_is_cut_becomes_text():
@@ -1475,10 +1483,12 @@ def test_a_crash_text_has_its_version_first_or_before_ios_15_its_build(system, h
     ("Cart.total() + 80 (Cart.swift:12)", "Cart.swift", 12), ("Cart.total() + 80 (Cart.swift)", "Cart.swift", None),
     ("Cart.total() (in Shop) (Cart.swift:12) + 80", "Cart.swift", 12), ("Cart.total() (in Shop) + 80", None, None),
     ("Cart.total() + 80 (<compiler-generated>)", None, None), ("Cart.total() + 80", None, None),
-    ("Cart.total() + 80 (Cart.swift:12) [inlined]", "Cart.swift", 12), ("Cart.total()", None, None)])
+    ("Cart.total() + 80 (Cart.swift:12) [inlined]", "Cart.swift", 12), ("Cart.total()", None, None),
+    ("Cart.total() (Cart.swift:12:5) + 80", "Cart.swift", 12)])
 def test_a_frame_of_a_crash_text_has_its_name_file_and_line_in_any_form_of_apples_tools(place, file, line):
     frame = only(crash_text(("Cart.total() + 4 (Cart.swift:12) [inlined]", place)))["stack_trace"][1]
     assert (frame["symbol"], frame.get("file"), frame.get("line")) == ("Cart.total()", file, line)
+    assert "file" not in only(crash_text(("Cart.swift:12", ".cold.1")))["stack_trace"][1]
 
 
 def test_an_empty_value_of_apple_is_no_version_build_or_model():
@@ -5419,6 +5429,8 @@ def test_a_reason_is_kept_no_longer_in_a_message_than_in_its_report(serve, clock
     receiver.status = 500
     assert deliver_later(server, clock) == {"sent": 0, "failed": 1} and receiver.facts("reason")[0] == ["Card 4111"]
     assert "4111" in sql(server.store.path, "select body from messages")[0][0]
+    server.store.forget_device("nobody")
+    assert "4111" in sql(server.store.path, "select body from messages")[0][0]
     server.store.forget_device("d")
     assert "4111" not in sql(server.store.path, "select body from messages")[0][0]
     receiver.status = 204
@@ -5429,6 +5441,18 @@ def test_a_reason_is_kept_no_longer_in_a_message_than_in_its_report(serve, clock
     clock.move(A_DAY)
     server.store.catch_up()
     assert count(server, "messages") == 0
+
+
+def test_a_message_that_waits_longer_than_reports_are_kept_loses_its_reasons(keeping, clock, receiver):
+    server = keeping(2)
+    server.alerts.add(receiver.url, with_reason=True)
+    add(server, exception_reason="Card 4111")
+    receiver.status = 500
+    deliver_later(server, clock)
+    for days, is_kept in ((1, True), (1.5, False)):
+        clock.move(days * A_DAY)
+        server.store.catch_up()
+        assert ("4111" in sql(server.store.path, "select body from messages where due_at > 0")[0][0]) is is_kept
 
 
 def test_an_address_to_which_nothing_can_be_sent_is_refused(api, monkeypatch):
@@ -7494,8 +7518,8 @@ def test_an_unknown_field_may_have_the_name_of_a_known_one_and_any_value(api, pe
         names = [*parse_crash(CRASH)._fields, "received_at", "clock_ahead_ms", "id", "app", "raw_stack_trace"]
         sent = {**dict.fromkeys(names, value), "exception_type": "E", "occurred_at": NOW}
         assert api.post(CRASHES, sent)[0] == 201
-        person.get("/crashes/" + api.server.metrics.groups()["groups"][0]["group_hash"], status=200)
-        report = api.server.metrics.groups()["groups"] and api.server.metrics.group(hashed("E"))["reports"][0]
+        person.get("/crashes/" + hashed("E"), status=200)
+        report = api.server.metrics.group(hashed("E"))["reports"][0]
         assert report["extra"]["received_at"] == value and report["received_at"] == NOW
 
 
@@ -9366,11 +9390,10 @@ def test_a_command_that_needs_a_closed_stream_does_nothing_and_says_so(
     assert outcome == (1, "", f"backfeedr: {problem}\n") and filled.store.apps() == apps
 
 
-def test_arguments_that_are_too_large_or_too_long_are_taken_like_those_of_a_request(command, filled):
-    for action in ("test", "remove"):
-        number = (1 << 63) - 1
-        assert command("alert", action, "9" * 20) == (
-            1, "", f"backfeedr: there is no channel {number}: see 'alert list'\n")
+def test_a_number_that_no_channel_has_is_refused_and_a_long_device_is_cut_like_that_of_a_report(command, filled):
+    for action, number in product(("test", "remove"), ("9" * 20, "x", "1.5", "-9")):
+        status, out, err = command("alert", action, number)
+        assert (status, out) == (2, "") and ("is not a channel's number" in err or number == "-9")
     add(filled, device_id_hash="d" * 600)
     assert json.loads(output_of(command, "device", "show", "d" * 600))["crashes"]
     assert command("device", "forget", "d" * 501)[0] == 0 and command("device", "show", "d" * 600)[0] == 1
