@@ -3414,7 +3414,7 @@ class Connection(sqlite3.Connection):
     def reserve_seqs(self, now: int, count: int, known: KnownRows) -> int:
         """Reserves `count` consecutive seqs that were never given before; returns the first."""
         limit = first_seq(now + DAY)  # higher ones were given while the clock was fast
-        if not known.given or abs(limit - known.given[2]) > first_seq(HOUR):  # the clock may have been set
+        if not known.given or abs(limit - known.given[2]) > first_seq(HOUR):  # the clock was set, or time passed
             known.given = *self.execute("""
                 select coalesce(max(seq), 0), (select min(first) from given_seqs where last >= :limit) from (
                     select max(seq) as seq from crashes where seq < :limit
@@ -4918,8 +4918,8 @@ class Store(SymbolStore):
         deleted = Counter(sums=RollUps(db, self.now).trim()) + self._expire_symbols(db)
         db.execute("delete from facts where at < ?", (self.now - FACT_DAYS * DAY,))
         db.execute("delete from messages where due_at is null and created_at <= ?", (self.now - HOUR,))
-        self._change_waiting_facts(db, _without_reason, before=self._first_kept_seq >> SEQ_BITS)
         if not deleted:
+            self._change_waiting_facts(db, _without_reason, before=self._first_kept_seq >> SEQ_BITS)
             db.execute(SET_STATE, ("trimmed_day", self.now // DAY))
             for warning in self.warnings():
                 log.warning("%s", warning)
@@ -8100,7 +8100,7 @@ def _parse_exported(line: bytes) -> StoredReport:
     if not match or not first_seq(received_at) <= int(match[2], 16) < first_seq(received_at + 3650 * DAY):
         raise Refusal("invalid id")
     report: Any = (parse_event if match[1] else parse_crash)({**extra, **values})
-    if is_trace_cut(to_json(extra)) and re.fullmatch("[0-9a-f]{16}", str(group)):
+    if "truncated" in extra and is_trace_cut(to_json(extra)) and re.fullmatch("[0-9a-f]{16}", str(group)):
         report = report._replace(group_hash=group)
     return StoredReport(int(match[2], 16), app, is_test, received_at, ahead_ms, report)
 
