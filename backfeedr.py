@@ -6881,6 +6881,8 @@ class Dashboard:
         if action != "add-channel":
             raise StoreError("there is no such action")
         kinds = [kind for kind in FACT_KINDS if f"on-{kind}" in form]
+        if not kinds:  # add() would take the usual ones
+            raise StoreError("check at least one fact")
         hour = int(form["hour"]) if re.fullmatch("1?[0-9]|2[0-3]", form.get("hour", "")) else 7
         url, app = form.get("url", "").strip(), form.get("app") or None
         id, secret = self._alerts.add(url, app, kinds, "reason" in form, hour)
@@ -7311,16 +7313,21 @@ revoked {{!time_html(row.revoked_at)}}
 """, ""), ("Change", "\n" + _form('<button class="plain">Test</button>', action="test-channel", id='{{row["id"]}}')
              + _form('<button class="plain">Remove</button>', action="remove-channel", id='{{row["id"]}}'), "bare"),
         empty="No channels, so nobody is notified of new or regressed crashes.") + """
-<details><summary>Add channel</summary>
+% typed = page.form if status != 200 and "url" in page.form else {}
+<details{{" open" if typed else ""}}><summary>Add channel</summary>
 """ + _form("""<p class="note">An https webhook, slack+https or ntfy+https. With the package apprise installed,
 any address that it supports. <code>python backfeedr.py help alerts</code> explains the facts.</p>
-<p><label>Address <input name="url" size="30" required></label>
-<label>App """ + _select("app", '[("", "all live apps"), *(app.name for app in apps)]') + """</label></p><p>
+<p><label>Address <input name="url" size="30" value="{{typed.get("url", "")}}" required></label>
+<label>App """ + _select("app", '[("", "all live apps"), *(app.name for app in apps)]', 'typed.get("app")') + """</label>
+</p><p>
 % for kind, is_on in fact_kinds.items():
-<label><input type="checkbox" name="on-{{kind}}" value="1"{{" checked" if is_on else ""}}> {{kind}}</label>
+<label><input type="checkbox" name="on-{{kind}}" value="1"\
+{{" checked" if ("on-" + kind in typed if typed else is_on) else ""}}> {{kind}}</label>
 % end
-</p><p><label>Hour of the digest (UTC) <input type="number" name="hour" min="0" max="23" value="7"></label></p>
-<p><label><input type="checkbox" name="reason" value="1"> Include exception reasons</label></p>
+</p><p><label>Hour of the digest (UTC)
+<input type="number" name="hour" min="0" max="23" value="{{typed.get("hour", 7)}}"></label></p>
+<p><label><input type="checkbox" name="reason" value="1"{{" checked" if "reason" in typed else ""}}>
+Include exception reasons</label></p>
 <p><button>Add channel</button></p>
 """, action="add-channel") + """</details></section>
 <section><h2>Feed</h2>

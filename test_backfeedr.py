@@ -8087,8 +8087,14 @@ def test_the_apps_page_adds_tests_and_removes_channels_and_shows_a_secret_once(a
     receiver.status = 500
     assert "Channel 1: it answered 500." in person.submit("test-channel", 400, id="1")
     assert "it answered 500, just now ; 0 waiting" in person.text("/apps")
-    assert "A channel&#039;s address is like https://" in person.submit("add-channel", 400, url="ftp:/").text
-    page = person.submit("add-channel", url="slack+https://example.com/1", reason=True, **{"on-digest": True})
+    page = person.submit("add-channel", 400, url="ftp:/", reason=True, **{"on-digest": True, "on-crash.new": False})
+    assert "A channel&#039;s address is like https://" in page.text
+    form, = (form for form in forms_of(page) if "url" in form.fields)
+    assert [form[name].checked for name in ("on-crash.new", "on-digest", "reason")] == [False, True, True]
+    assert "<details open" in page.text and form["url"].value == "ftp:/"
+    nothing = dict.fromkeys((f"on-{kind}" for kind in backfeedr.FACT_KINDS), False)
+    assert "Check at least one fact." in send(form, 400, url="https://example.com", **nothing)
+    page = send(form, 200, url="slack+https://example.com/1", **{"on-digest": True})
     assert "Added channel 2." in page.text and "whsec" not in page.text
     assert sql(api.server.store.path, "select with_reason, app_id, digest_at from channels where id = 2") == [
         (1, None, parse_time("2026-03-13T07:00:00Z"))]
