@@ -4207,13 +4207,22 @@ class Commit:
 
 STEP_SECONDS = 0.02  # time that a step may take to delete or move reports
 EXPIRE_ROWS = 10  # rows to delete before the first look at the clock: a row may be as large as a body
-REPORT_BYTES = 4096  # more than most reports take, with their index entries
+ROW_BYTES = 300  # that a report takes beside its texts, with its index entries, about
+
+
+class LargestApp(NamedTuple):
+    """The app that loses reports if the database is too large."""
+
+    id: int = 0          # 0: there are no reports
+    chosen_at: int = 0   # in milliseconds
+    reports: int = 0     # that it loses before the largest app is chosen again
+    report_bytes: int = 1  # of each, on average
 
 
 class Deletion(Apps):
     """Apps, and what deletes their reports. A step of upkeep returns counts; none if nothing was left to do."""
 
-    _largest_app = (0, 0)  # when the largest app was looked up, and its id
+    _largest_app = LargestApp()
     _early_seq = -1  # the largest app has no reports up to this one, but other apps may have many
 
     @property
@@ -4262,37 +4271,41 @@ class Deletion(Apps):
         towards the end, so that little more is deleted than necessary."""
         if not self.max_db_size or (excess := self.used_size(db) - self.max_db_size) <= 0:
             return Counter()
-        size = min(size, max(EXPIRE_ROWS, excess // REPORT_BYTES))
-        app_id, after = self._choose_largest_app(db), self._early_seq
+        app, after = self._choose_largest_app(db), self._early_seq
+        size = min(size, max(EXPIRE_ROWS, excess // app.report_bytes))
         oldest = db.execute("""
             select seq, app_id from crashes where seq > :after
             union all select seq, app_id from events where seq > :after
             order by seq limit :rows""", {"after": after, "rows": 10 * size}).fetchall()
         if not oldest:
-            self._largest_app = (0, 0)
+            self._largest_app = LargestApp()
             return Counter()
-        of_app = [seq for seq, app in oldest if app == app_id][:size]
+        of_app = [seq for seq, app_id in oldest if app_id == app.id][:size]
         self._early_seq = of_app[0] - 1 if of_app else oldest[-1][0]  # not of_app[-1]: this step may be rolled back
         if not of_app:
             return Counter(remains=1)
-        db.execute(RAISE_STATE, (f"early_{app_id}", of_app[-1]))
+        db.execute(RAISE_STATE, (f"early_{app.id}", of_app[-1]))
+        self._largest_app = app._replace(reports=app.reports - len(of_app))
         return +Counter({table: len(self._delete_reports(  # +app_id: else SQLite reads the whole app
-            db, kind, f"from {table} where +app_id = ? and seq > ? and seq <= ?", [(app_id, after, of_app[-1])]))
+            db, kind, f"from {table} where +app_id = ? and seq > ? and seq <= ?", [(app.id, after, of_app[-1])]))
             for kind, table in TABLES.items()})
 
-    def _choose_largest_app(self, db: Connection) -> int:
-        """The id of the largest app, where a crash counts as much as ten events; 0 if there are no reports. It is
-        chosen once an hour, because that counts all rows. Warns the operator then, and begins at its oldest report."""
-        if not 0 <= self.now - self._largest_app[0] < HOUR:
-            app_id, name = db.execute("""
-                select apps.id, name from apps join (
-                    select app_id, 10 * count(*) as size from crashes group by app_id
-                    union all select app_id, count(*) from events group by app_id) as held on app_id = apps.id
-                group by apps.id, name order by sum(size) desc, apps.id limit 1""").fetchone() or (0, "")
-            self._largest_app, self._early_seq = (self.now, app_id), -1
-            if app_id:
+    def _choose_largest_app(self, db: Connection) -> LargestApp:
+        """The largest app. It is chosen once an hour, because that reads all rows, or when it has lost a tenth of its
+        reports: another may grow fast meanwhile. Then it begins at the oldest report, and warns the operator."""
+        chosen = self._largest_app
+        if chosen.reports <= 0 or not 0 <= self.now - chosen.chosen_at < HOUR:
+            sizes = " union all ".join(f"""
+                select app_id, {ROW_BYTES} + {" + ".join(f"coalesce(length({name}), 0)" for name in kind._fields)} as size
+                from {table}""" for kind, table in TABLES.items())
+            app_id, name, count, size = db.execute(f"""
+                select apps.id, name, count(*), sum(size) from ({sizes}) as reports join apps on apps.id = app_id
+                group by apps.id, name order by sum(size) desc, apps.id limit 1""").fetchone() or (0, "", 0, 0)
+            if app_id and app_id != chosen.id:
                 log.warning("the database exceeds BACKFEEDR_MAX_DB_SIZE: the oldest reports of %s are deleted", name)
-        return self._largest_app[1]
+            chosen = LargestApp(app_id, self.now, max(EXPIRE_ROWS, count // 10), max(1, size // max(1, count)))
+            self._largest_app, self._early_seq = chosen, -1
+        return chosen
 
     def _delete_reports(self, db: Connection, kind: type, source: str, keys: Any, expired: bool = True) -> list[int]:
         """Deletes the reports of a query, also from the figures; lasting sums keep expired ones. Returns their seqs."""

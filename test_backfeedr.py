@@ -3964,7 +3964,8 @@ def test_a_step_of_early_deletion_reads_no_older_reports_of_other_apps_again(kee
         db.execute("""
             with recursive numbers (n) as (select 1 union all select n + 1 from numbers where n < 5000)
             insert into events (seq, app_id, occurred_at, type) select n, 2, 0, 'custom' from numbers""")
-        server.store.max_db_size, server.store._largest_app = 1, (server.store.now, 1)
+        server.store.max_db_size = 1
+        server.store._largest_app = backfeedr.LargestApp(1, server.store.now, 1000)
         for _ in range(60):
             work.append(0)
             db.set_progress_handler(lambda: work.append(work.pop() + 1), 100)
@@ -3975,13 +3976,28 @@ def test_a_step_of_early_deletion_reads_no_older_reports_of_other_apps_again(kee
 
 
 @sqlite_only
+def test_early_deletion_takes_from_the_app_with_the_most_bytes_and_chooses_again_after_a_tenth(keeping):
+    server = keeping()
+    shop = server.store.create_app("Shop")
+    add(server, 300)
+    for key, number, fields, left in ((shop, 100, {"type": "custom", "properties": {"text": "x" * 3_000}}, (300, 90)),
+                                      (KEY, 50, {"exception_reason": "x" * 10_000}, (340, 90))):
+        server.store.max_db_size = 0
+        add(server, number, key=key, **fields)
+        server.store.max_db_size = 1
+        with server.store.writing() as db:
+            server.store._delete_early(db, 10)
+        assert (count(server, "crashes"), count(server, "events")) == left
+
+
+@sqlite_only
 def test_early_deletion_repeats_a_step_that_failed_and_notes_what_is_gone_for_imports_and_check(keeping, clock):
     server = keeping()
     shop, seqs = server.store.create_app("Shop"), add(server, 30).seqs
     later = next(server.store.export(backfeedr.Crash))._replace(seq=seqs[-1] + 1)
     clock.move(1)
     add(server, 100, key=shop, type="custom", properties={"text": "x" * 3000})
-    server.store.max_db_size, server.store._largest_app = 1, (server.store.now, 1)
+    server.store.max_db_size, server.store._largest_app = 1, backfeedr.LargestApp(1, server.store.now, 1000)
     with pytest.raises(KeyError), server.store.writing() as db:
         server.store._delete_early(db, 10)
         raise KeyError("as if the disk were full")
@@ -3992,7 +4008,7 @@ def test_early_deletion_repeats_a_step_that_failed_and_notes_what_is_gone_for_im
     server.store.max_db_size = 0
     assert server.store.import_([later])["stored"] == 1
     clock.move(-3 * A_DAY)  # it was fast
-    add(server, 30)
+    add(server, 30, exception_reason="x" * 20_000)
     server.store.max_db_size = 1
     with server.store.writing() as db:
         server.store._delete_early(db, 10)
