@@ -4295,9 +4295,9 @@ class Deletion(Apps):
         reports: another may grow fast meanwhile. Then it begins at the oldest report, and warns the operator."""
         chosen = self._largest_app
         if chosen.reports <= 0 or not 0 <= self.now - chosen.chosen_at < HOUR:
-            sizes = " union all ".join(f"""
-                select app_id, {ROW_BYTES} + {" + ".join(f"coalesce(length({name}), 0)" for name in kind._fields)} as size
-                from {table}""" for kind, table in TABLES.items())
+            sizes = " union all ".join(
+                f"select app_id, {ROW_BYTES} + " + " + ".join(f"coalesce(length({name}), 0)" for name in _ABSENT[kind])
+                + f" as size from {table}" for kind, table in TABLES.items())
             app_id, name, count, size = db.execute(f"""
                 select apps.id, name, count(*), sum(size) from ({sizes}) as reports join apps on apps.id = app_id
                 group by apps.id, name order by sum(size) desc, apps.id limit 1""").fetchone() or (0, "", 0, 0)
@@ -7331,8 +7331,8 @@ revoked {{!time_html(row.revoked_at)}}
 """ + _form("""<p class="note">An https webhook, slack+https or ntfy+https. With the package apprise installed,
 any address that it supports. <code>python backfeedr.py help alerts</code> explains the facts.</p>
 <p><label>Address <input name="url" size="30" value="{{typed.get("url", "")}}" required></label>
-<label>App """ + _select("app", '[("", "all live apps"), *(app.name for app in apps)]', 'typed.get("app")') + """</label>
-</p><p>
+<label>App """ + _select("app", '[("", "all live apps"), *(app.name for app in apps)]', 'typed.get("app")') + """
+</label></p><p>
 % for kind, is_on in fact_kinds.items():
 <label><input type="checkbox" name="on-{{kind}}" value="1"\
 {{" checked" if ("on-" + kind in typed if typed else is_on) else ""}}> {{kind}}</label>
