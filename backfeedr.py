@@ -590,7 +590,11 @@ def read_frame(frame: Mapping[str, Any]) -> Frame:
 
 def _first_value(frame: Mapping[str, Any], field: str) -> Any:
     """The value of a field under the first of its names that has one."""
-    return next((frame[name] for name in _FRAME_FIELDS[field] if frame.get(name) not in (None, "")), None)
+    for name in _FRAME_FIELDS[field]:  # a generator would take twice as long
+        value = frame.get(name)
+        if value is not None and value != "":
+            return value
+    return None
 
 
 def _make_frame(symbol: str, file: str, binary: str = "", path: str = "", uuid: str = "", offset: int | None = None,
@@ -641,7 +645,12 @@ def _integer(value: Any) -> int | None:
 
 def image_uuid(value: Any) -> str:
     """The UUID of a build in upper case with dashes; "" for anything else."""
-    digits = _UUID_DIGITS.fullmatch(_string(value).replace("-", "")[:40].upper())  # a debug_id may end with an age
+    return _image_uuid(_string(value)[:60])
+
+
+@lru_cache(maxsize=1024)  # most frames of a trace are of few builds
+def _image_uuid(text: str) -> str:
+    digits = _UUID_DIGITS.fullmatch(text.replace("-", "")[:40].upper())  # a debug_id may end with an age
     return "-".join(digits.groups()) if digits and digits[0].strip("0") else ""  # some SDKs write zeros for none
 
 
@@ -936,8 +945,8 @@ def parse_crash(sent: JsonObject, max_size: int = MAX_REPORT_SIZE) -> Crash:
     kept = list(map(read_frame, _limit_length(frames)))
     grouped: Iterable[Frame] = kept
     if len(frames) > len(kept):  # frames of the app may be among those that are dropped
-        searched = trace[:GROUPED_FRAMES] + trace[GROUPED_FRAMES:][-LAST_FRAMES:]
-        grouped = map(read_frame, map(_normalize_frame, searched))
+        others = trace[FIRST_FRAMES:GROUPED_FRAMES] + trace[GROUPED_FRAMES:][-LAST_FRAMES:]
+        grouped = chain(kept[:FIRST_FRAMES], map(read_frame, map(_normalize_frame, others)))
     return Crash(group_hash(values[0], grouped), builds_to_symbolicate(kept), *values)
 
 
