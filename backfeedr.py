@@ -1626,6 +1626,9 @@ def verify(key: bytes, timestamp: bytes, signature: bytes, body: bytes, now: int
 # The times of each key's latest requests. A counter per minute would be smaller, but would allow twice the limit around
 # the turn of a minute. At most `limit` times are kept for a key, and only existing keys get here.
 
+REQUEST_SECONDS = 0.1  # of CPU: a request counts once more for each, if it takes so long to decode
+
+
 class RateLimiter:
     """Allows each key `limit` requests in any span of `window` seconds; a limit of 0 allows all. Thread-safe. `clock`
     gives seconds and must never run backwards."""
@@ -1649,6 +1652,14 @@ class RateLimiter:
                 return False
             times.append(now)
             return True
+
+    def charge(self, key: bytes, seconds: float) -> None:
+        """Counts an allowed request again if it took long to decode, in seconds of CPU: a few that are made to take
+        long would otherwise keep out the reports of other apps."""
+        if again := int(seconds / REQUEST_SECONDS):
+            with self._lock:
+                times = self._times[key]
+                times.extend([self._clock()] * min(again, self.limit - len(times)))
 
     def retry_after(self, key: bytes) -> int:
         """The seconds until the key may send again: a whole number, at least 1."""
@@ -7428,6 +7439,7 @@ class Backfeedr(Closing):
         self.alerts = Alerts(self.store, self.settings.public_url, self.metrics.digest)
         self.rate_limited = RateLimitedRequests(self.store)
         self._limiter = limiter or RateLimiter(self.settings.rate_limit)
+        self._charge = getattr(self._limiter, "charge", lambda *_: None)
         # Python runs one thread at a time. A thread that waits for this lock sleeps until its turn comes; one that
         # waits for the interpreter wakes up each switch interval to ask for it.
         self._decode_lock = threading.Lock()
@@ -7675,18 +7687,25 @@ class Backfeedr(Closing):
         if not self._limiter.allow(key_hash):  # may ask another host, so it stays outside the lock
             self.rate_limited.count(key_hash)
             raise Refusal("rate limit exceeded", self._limiter.retry_after(key_hash))
+        began = time.thread_time()
+        try:
+            with self._decode_lock:
+                self._parse(environ, body, key, submission)
+        finally:
+            self._charge(key_hash, time.thread_time() - began)
+
+    def _parse(self, environ: Environ, body: bytes, key: bytes, submission: Submission) -> None:
+        signature = b""
+        if "HTTP_X_BACKFEEDR_TIMESTAMP" in environ or "HTTP_X_BACKFEEDR_SIGNATURE" in environ:
+            signature = _header(environ, "X_BACKFEEDR_SIGNATURE")
+            verify(key, _header(environ, "X_BACKFEEDR_TIMESTAMP"), signature, body, self.store.now)
+        elif self.settings.require_signature:
+            raise Refusal("signature required")
+        plain = _decompress(environ, body, self.settings.max_body_size)
         parse, _ = self._ingestion[environ["PATH_INFO"]]
-        with self._decode_lock:
-            signature = b""
-            if "HTTP_X_BACKFEEDR_TIMESTAMP" in environ or "HTTP_X_BACKFEEDR_SIGNATURE" in environ:
-                signature = _header(environ, "X_BACKFEEDR_SIGNATURE")
-                verify(key, _header(environ, "X_BACKFEEDR_TIMESTAMP"), signature, body, self.store.now)
-            elif self.settings.require_signature:
-                raise Refusal("signature required")
-            plain = _decompress(environ, body, self.settings.max_body_size)
-            device = _header(environ, "X_BACKFEEDR_DEVICE").decode("utf-8", "replace")
-            submission.reports = parse(plain, self.store.now, device)
-            submission.idempotency = _idempotency(environ, signature, plain)
+        device = _header(environ, "X_BACKFEEDR_DEVICE").decode("utf-8", "replace")
+        submission.reports = parse(plain, self.store.now, device)
+        submission.idempotency = _idempotency(environ, signature, plain)
 
 
 def first_start_text(created: GeneratedSecrets, url: str) -> str:
@@ -7710,6 +7729,7 @@ try:
     from waitress.channel import HTTPChannel
     from waitress.parser import HTTPRequestParser, ParsingError
     from waitress.task import ErrorTask, Task, ThreadedTaskDispatcher, WSGITask
+    from waitress.utilities import BadRequest
 except ImportError:  # only `serve` needs waitress; under another WSGI server it may be missing
     waitress = None
     HTTPChannel = HTTPRequestParser = ErrorTask = Task = ThreadedTaskDispatcher = WSGITask = object
@@ -7720,6 +7740,8 @@ MAX_PIPELINED = 4  # requests that may wait on a connection; if more come, it is
 COMMIT_THREADS = 4  # one commits while the next one decodes; with only two, 16 clients get 14 % less done
 MAX_GATHERED_REQUESTS = 25  # of 100 events each; all threads then have as many rows as may wait in the store
 MAX_GATHERED_BYTES = 1_000_000  # decoded, they take several times as much memory
+MAX_CHUNK_LINE = 4096  # bytes
+_MANY_SPACES = re.compile(rb"\s{32}")
 
 
 class _RequestParser(HTTPRequestParser):
@@ -7728,7 +7750,17 @@ class _RequestParser(HTTPRequestParser):
     arrived_at = 0.0  # time.monotonic() when it was complete
     environ: Environ | None = None  # set when a thread begins to handle it
 
+    def received(self, data: bytes) -> int:
+        """Refuses a chunk's first line, or a trailer, that does not end: waitress would copy it for each packet."""
+        consumed = int(super().received(data))
+        receiver = self.body_rcv
+        if self.chunked and receiver is not None and len(receiver.control_line + receiver.trailer) > MAX_CHUNK_LINE:
+            self.error, self.completed = BadRequest("chunk line too long"), True
+        return consumed
+
     def parse_header(self, header_plus: bytes) -> None:
+        if _MANY_SPACES.search(header_plus):  # waitress would take the square of as many steps: 16 s for 32 kB
+            raise ParsingError("too many spaces")
         try:
             super().parse_header(header_plus)
         except ValueError as error:  # for `http://[` or a length of 5,000 digits
@@ -7774,7 +7806,7 @@ class _AppTask(_Task, WSGITask):
         """The request's only environ: submit_all() may have put a submission into it. A proxy on this host is believed
         if it says that the client uses https. waitress could do that, too, but would refuse a senseless header."""
         environ: Environ = self.request.environ or super().get_environment()
-        if environ.get("HTTP_X_FORWARDED_PROTO") == "https" and environ["REMOTE_ADDR"] == "127.0.0.1":
+        if environ.get("HTTP_X_FORWARDED_PROTO") == "https" and environ["REMOTE_ADDR"] in ("127.0.0.1", "::1"):
             environ["wsgi.url_scheme"] = "https"
         self.request.environ = environ
         return environ
@@ -7807,6 +7839,8 @@ class _Channel(HTTPChannel):
         sends a byte now and then would keep its connection for ever. Drops requests beyond MAX_PIPELINED: a client that
         reads no answers could otherwise make many megabytes of requests wait."""
         previous, now = self.request, self.last_activity  # waitress has just set the time
+        if previous is None and data.startswith(b"\x16"):  # TLS: an https:// client would wait for its handshake's end
+            data = b"TLS\r\n\r\n"  # is refused at once
         with self.requests_lock:  # keeps workers from answering some of them meanwhile
             if not self.is_refused:
                 super().received(data)

@@ -431,6 +431,13 @@ class PostgresLimiter(backfeedr.RateLimiter):
             returning 1
             """, key) is not None
 
+    def charge(self, key: bytes, seconds: float) -> None:
+        """Counts an allowed request again if it took long to decode."""
+        if again := int(seconds / backfeedr.REQUEST_SECONDS):
+            self._ask(f"""
+                update rates set times = times || array_fill(times[cardinality(times)], array[{again}])
+                where key_hash = :key returning 1""", key)
+
     def retry_after(self, key: bytes) -> int:
         """Whole seconds, at least 1, until `allow` returns True again."""
         seconds, = self._ask("""
