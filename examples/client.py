@@ -168,11 +168,13 @@ class Client:
                 answer = self._submit("/events/batch", {"events": [event for _, event in part]})
             except BackfeedrError as error:
                 bad = re.fullmatch("(.*) at index ([0-9]{1,2})", error.message)
-                if not bad or error.status != 400 or int(bad[2]) >= len(part) or len(refused) == MAX_REFUSED:
+                if not bad or error.status != 400 or int(bad[2]) >= len(part):
                     error.stored, error.refused = merged, refused
                     raise
                 index, _ = left.pop(int(bad[2]))
                 refused[index] = bad[1] + (f" ({error.detail})" if error.detail else "")
+                if len(refused) > MAX_REFUSED:
+                    break
             else:
                 left = left[len(part):]
                 merged["count"] += answer["count"]

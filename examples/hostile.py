@@ -88,10 +88,14 @@ def main(*argv: str) -> int:
     parser.add_argument("--server", type=Path, default=HERE.parent / "backfeedr.py", help="a backfeedr.py")
     parser.add_argument("--dir", type=Path, default=Path("."), help="folder for the database (default: here)")
     given = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix="backfeedr-hostile-", dir=given.dir) as folder:
-        bench = Bench(Path(folder).resolve(), uses_wrk=False)
-        measure(bench, given.server.resolve(), bench.folder / "hostile.db", max(200 * CLIENTS, given.reports),
-                given.seconds)
+    try:
+        with tempfile.TemporaryDirectory(prefix="backfeedr-hostile-", dir=given.dir) as folder:
+            bench = Bench(Path(folder).resolve(), uses_wrk=False)
+            measure(bench, given.server.resolve(), bench.folder / "hostile.db", max(200 * CLIENTS, given.reports),
+                    given.seconds)
+    except (KeyboardInterrupt, Exception) as error:
+        print(f"hostile: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -9,10 +9,11 @@
     uv run examples/symbols.py App.xcarchive
 
 The token is the server's admin token. Without uv: `pip install symbolic`, and `python examples/symbols.py PATH...`. A
-PATH is a `.dSYM`, an `.xcarchive`, a zip or a folder with dSYMs anywhere in it, or a Mach-O file with debug
-information. Builds that the server already has are skipped, so run it as often as you like: after a failure, a second
-run sends what is missing. The exit status is 0, or 1 if a dSYM was not sent (a line on standard error says why), or 2
-for wrong usage. Only the base names and line numbers of source files are sent, never their folders or text.
+PATH is a `.dSYM`, an `.xcarchive`, a zip or a folder with dSYMs (or files like `Shop.dSYM.zip`) anywhere in it, or a
+Mach-O file with debug information. Builds that the server already has are skipped, so run it as often as you like:
+after a failure, a second run sends what is missing. The exit status is 0; or 1 if a PATH has no debug information or a
+dSYM cannot be sent (a line on standard error says why); or 2 for wrong usage. Only the base names and line numbers of
+source files are sent, never their folders or text.
 
 To run it automatically, set the two variables above (the token as a secret of the CI). The Python that runs these lines
 needs the package. Install it once, or on a CI in each run: `python3 -m pip install --user symbolic`
@@ -178,6 +179,9 @@ def candidates(path: Path) -> Iterator[Path]:
     if path.is_dir():
         for folder, folders, names in os.walk(path):
             folders.sort()
+            for link in (Path(folder, name) for name in folders if name.endswith(".dSYM")):
+                if link.is_symlink() and Path(link, "Contents").is_dir():  # os.walk follows no links
+                    yield from candidates(link)
             for file in (Path(folder, name) for name in sorted(names)):
                 if is_image(file.absolute()):
                     yield file
@@ -255,7 +259,7 @@ def images(path: Path) -> Iterator[Image]:
     except OSError as error:
         raise SymbolsError(f"cannot read it: {error.strerror}") from None
     except (struct.error, ValueError):
-        raise SymbolsError("it is not a Mach-O file, or its headers are damaged") from None
+        raise SymbolsError("it is no complete zip or Mach-O file") from None
     except SymbolicError as error:
         raise SymbolsError(f"it cannot be read: {error.message}") from None
 
@@ -265,8 +269,8 @@ def code_ranges(path: Path) -> dict[str, list[tuple[int, int]]]:
     with path.open("rb") as file:
         magic, count = struct.unpack(">II", file.read(8))
         offsets = [0]
-        if magic in (0xCAFEBABE, 0xCAFEBABF):  # a fat file, whose offsets have 32 or 64 bits
-            entry = struct.Struct(">8xI8x" if magic == 0xCAFEBABE else ">8xQ16x")
+        if magic == 0xCAFEBABE:  # a fat file
+            entry = struct.Struct(">8xI8x")
             offsets = [at for at, in entry.iter_unpack(file.read(entry.size * min(count, 100)))]
         return dict(slice_ranges(file, at) for at in offsets)
 

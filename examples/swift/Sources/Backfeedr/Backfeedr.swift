@@ -131,13 +131,16 @@ extension Backfeedr.Client {
 
     nonisolated func setEnabled(_ isEnabled: Bool) {
         Self.setEnabled(isEnabled, in: folder)
-        let dropped = front.with { front in
+        let (dropped, isBack) = front.with { front in
+            let isBack = isEnabled && !front.isEnabled && front.leftAt == nil  // in the foreground: a session begins
+            if isBack { front.leftAt = .distantPast }
             front.isEnabled = isEnabled
             defer { if !isEnabled { (front.pending, front.breadcrumbs) = ([], []) } }
-            return front.pending
+            return (front.pending, isBack)
         }
         _ = dropped  // its values are released outside of the lock, because their deinit may call us
         if !isEnabled { later { await $0.empty() } }
+        if isBack { becameActive() }
     }
 
     /// The app came to the foreground. A session begins, or continues if the app was away for less than 30 seconds.

@@ -112,6 +112,7 @@ extension Backfeedr {
 
         /// Adds a line to the batch. Returns true if the batch is full now.
         private func append(_ event: Data) -> Bool {
+            if let sent = batch, size(sent.name) == 0 { batch = nil }  // another process of the app has sent it
             if batch == nil { Client.make(folder) }
             var (name, events, bytes) = batch ?? (newName("events"), 0, 0)
             let file = OutputStream(url: url(name), append: true)

@@ -525,10 +525,26 @@ final class ReportTests: XCTestCase {
         check(!Backfeedr.isEnabled)
         equal(next.all, ["off"])
         equal(script.requests.count, 1)
+        next.client.becameActive()
         next.client.setEnabled(true)
         next.track(["d"])
         check(await next.flush())
-        equal(try script.events().map { $0["name"] as? String }, ["d"])
+        let events = try script.events()
+        equal(events.map { $0["type"] as? String }, ["session_start", "custom"])
+        equal(Set(events.map { $0["session_id"] as? String }).count, 1)
+    }
+
+    func testTwoProcessesOfAnAppLoseNoEvent() async throws {
+        let script = Script(.stored), one = await Phone(transport: script.transport)
+        let two = await Phone(after: one, transport: script.transport)
+        one.track(["a"])
+        await one.client.gather()
+        for (name, phone) in [("a", two), ("b", two), ("c", one)] {
+            if name != "a" { phone.track([name]) }
+            check(await phone.flush())
+            equal(try script.events().map { $0["name"] as? String }, [name])
+        }
+        equal(Set(script.requests.map { $0.value(forHTTPHeaderField: "Idempotency-Key") }).count, 3)
     }
 
     func testDisablingCancelsARunningRequest() async {
