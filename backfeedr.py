@@ -8666,7 +8666,7 @@ _COMMANDS: Sequence[tuple[str, str, Mapping[str, Any]]] = (  # name, help, argum
     ("app delete", "delete an app, its keys and all its reports", {
         **_APP_NAME, "--yes": dict(action="store_true", help="do not ask for the name again")}),
     ("key create", "create another key for an app and print it", _APP_NAME),
-    ("key list", "list the keys by their visible part, with their use", {}),
+    ("key list", "list the keys, by their first characters, and their use", {}),
     ("key revoke", "revoke a key at once", {"PREFIX": dict(help="the key, or enough of its beginning")}),
     ("device show", "print everything stored about a device, as JSON", _DEVICE_HASH),
     ("device forget", "delete everything stored about a device", _DEVICE_HASH),
