@@ -3817,7 +3817,9 @@ class Database(Closing):
 
     def _fold_in_wal(self) -> None:
         with self.reading() as db:
-            db.execute("pragma wal_checkpoint(truncate)").fetchall()
+            is_busy, *_ = db.execute("pragma wal_checkpoint(truncate)").fetchone()
+        if is_busy:
+            log.warning("the WAL keeps deleted data for now, because another program reads the database")
 
 
 def _prepare_file(path: Path, may_create: bool) -> None:
@@ -4353,6 +4355,8 @@ class Deletion(Apps):
         groups and releases stays."""
         deleted: Counter[str] = Counter()
         last = {kind: self._last_seq(kind) for kind in TABLES}
+        with self.writing_step() as db:  # first, so that an interruption leaves only reports, which expire
+            deleted["devices"] = self._forget_in_figures(db, device_id_hash)
         for kind, table in TABLES.items():
             for seqs in self._device_pages(table, device_id_hash):
                 while seqs:
@@ -4363,14 +4367,19 @@ class Deletion(Apps):
                 deleted[table] += len(self._delete_reports(
                     db, kind, f"from {table} where device_id_hash = ? and seq > ?", [(device_id_hash, last[kind])],
                     expired=False))
-            rollups = RollUps(db, self.now)
-            deleted["devices"] = rollups.figures[Devices].forget(device_id_hash)
-            rollups.save()
+            deleted["devices"] = max(deleted["devices"], self._forget_in_figures(db, device_id_hash))
             self._note_windows(db)
             if +deleted:  # from all waiting messages, because a message does not name its device
                 self._change_waiting_facts(db, _without_reason)
         self._fold_in_wal()
         return +deleted
+
+    def _forget_in_figures(self, db: Connection, device_id_hash: str) -> int:
+        """Takes a device out of the figures; returns in how many apps it was known."""
+        rollups = RollUps(db, self.now)
+        apps: int = rollups.figures[Devices].forget(device_id_hash)
+        rollups.save()
+        return apps
 
     def _forget_some(self, db: Connection, kind: type, seqs: Sequence[Row], deleted: Counter[str]) -> Sequence[Row]:
         """One step of deleting the reports with these seqs: a device can have so many that a sync for each ten takes an
@@ -4721,8 +4730,8 @@ class Store(SymbolStore):
             ("wal_bytes", "gauge", "Size of its write-ahead log.", [("", _wal_size(self.path))])]
 
     def warnings(self) -> list[str]:
-        """Warnings that the database or its disk is nearly full."""
-        return size_warnings(self.path, self.max_db_size)
+        """Warnings about the database and its disk: see file_warnings."""
+        return file_warnings(self.path, self.max_db_size)
 
     def add(self, key_hash: bytes, reports: Reports, idempotency: Idempotency | None = None) -> Receipt:
         """Stores reports, all or none, in the app of the key with this SHA-256. Returns when they are durable. If
@@ -5007,9 +5016,11 @@ def note_worse_releases(db: Connection, now: int) -> None:
         db.execute(SET_STATE, (f"worse_{pair.app_id}", pair.first_seen))
 
 
-def size_warnings(path: Path, max_db_size: int) -> list[str]:
-    """Warnings that a database or its disk is nearly full."""
+def file_warnings(path: Path, max_db_size: int) -> list[str]:
+    """Warnings that a database or its disk is nearly full, or that every user of the host can read the database."""
     texts, size, disk = [], max_db_size and path.stat().st_size, shutil.disk_usage(path.parent)
+    if path.stat().st_mode & 0o004:
+        texts.append(f"Every user of this host can read {path.name}: chmod 600 it.")
     if size > NEARLY_FULL * max_db_size:
         texts.append(f"The database is at {100 * size // max_db_size} % of BACKFEEDR_MAX_DB_SIZE; above it, the oldest"
                      " reports are deleted.")
@@ -8006,8 +8017,12 @@ def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> Non
 
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)
-        print("backfeedr on", _url(settings.host, settings.port), flush=True)
-        print("".join(announcements), end="", flush=True)
+        try:
+            print("backfeedr on", _url(settings.host, settings.port), flush=True)
+            print("".join(announcements), end="", flush=True)
+        except OSError:  # a full disk: the secrets cannot be shown again
+            print("".join(announcements), end="", file=sys.stderr)
+            raise
         app.store.catch_up_in_background()  # finishes what a migration or a stop left undone
         if (warning := _unencrypted_warning(settings, listener.getsockname()[0])) and sys.stderr:
             sys.stderr.write(warning)
@@ -8129,15 +8144,16 @@ def _exported(stored: StoredReport) -> JsonObject:
     return as_sent({"id": id, **stored._asdict(), "report": None, **stored.report._asdict()})
 
 
-# How a formula begins. Spreadsheets skip control characters, and read full-width signs like the others.
-_FORMULA = re.compile("[-=+@\uff0d\uff1d\uff0b\uff20\x00-\x1f\x7f-\x9f]")
+# Where a formula begins: at a sign, which may be full-width, at the start of a cell, or after what some spreadsheets
+# take for the end of one. They skip control characters.
+_SIGN, _CONTROL = "-=+@\uff0d\uff1d\uff0b\uff20", "\x00-\x1f\x7f-\x9f"
+_FORMULA = re.compile(f"(^(?=[{_SIGN}{_CONTROL}])|[;{_CONTROL}](?=[{_SIGN}]))")
 
 
 def _csv_cell(value: Any) -> Any:
     """The value as a cell that no spreadsheet takes for a formula."""
-    if type(value) in (list, dict):
-        return to_json(value)
-    return "'" + value if type(value) is str and _FORMULA.match(value) else value
+    text = to_json(value) if type(value) in (list, dict) else value
+    return _FORMULA.sub(r"\1'", text) if type(text) is str else text
 
 
 # What an export adds to the fields of a report.
@@ -8478,7 +8494,7 @@ def _run_checks(overrides: dict[str, Any]) -> int:
                 return status
     with suppress(SettingsError):  # reported above
         size_limit = Settings.from_env(**overrides).max_db_size
-    for warning in (*size_warnings(path, size_limit), *channel_warnings(path)):
+    for warning in (*file_warnings(path, size_limit), *channel_warnings(path)):
         print(f"WARN {warning}")
     return status
 
@@ -8500,7 +8516,8 @@ def _date(time_ms: int | None) -> str:
 def main(argv: Sequence[str] | None = None, make: Callable[..., Backfeedr] = Backfeedr,
          open_store: Callable[..., Store] = Store) -> int:
     """Runs a command. Returns 0, or 1 after an error; exits with 2 for wrong usage."""
-    with redirect_stdout(_escaped(sys.stdout)), redirect_stderr(_escaped(sys.stderr)):
+    errors = sys.stderr or open(os.devnull, "w")  # if it is closed, print() would write to standard output
+    with redirect_stdout(_escaped(sys.stdout)), redirect_stderr(_escaped(errors)):
         try:
             return _run(_parser().parse_args(argv), make, open_store)
         except BrokenPipeError:  # nobody reads the output any more, nor what Python flushes when it exits

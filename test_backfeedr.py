@@ -9298,15 +9298,16 @@ def test_an_export_has_each_report_as_sent_with_what_the_server_added_filtered_b
 
 def test_no_csv_cell_is_a_formula_and_a_byte_order_mark_is_written_on_request(command, filled):
     formulas = "=+-@\t\r\n\v\x1b\x01\x7f\x9b\uff1d\uff0b\uff0d\uff20"
-    texts = ["a=", '"', ",\n", "a\x1b[2J\x9b", "\u00e9="]
-    for start in (*formulas, *texts):
+    texts = ["a=", '"', ",\n", "a\x1b[2J\x9b", "\u00e9=", "a; -"]
+    ends = ";\t\r\n\x01"  # of cells, for some spreadsheets
+    for start in (*formulas, *texts, *(f"a{end}=" for end in ends)):
         Api(filled).post(EVENTS, {**EVENT, "name": start + "1"})
     written = {kind: command("export", kind, "--format", "csv")[1] for kind in ("crashes", "events")}
     assert command("export", "events", "--format", "csv", "--bom") == (0, "\ufeff" + written["events"], "")
     crashes, rows = ([*csv.DictReader(io.StringIO(text, newline=""))] for text in written.values())
-    added = len(formulas) + len(texts)
+    added = len(formulas) + len(texts) + len(ends)
     assert [row["name"] for row in rows[-added:]] == [
-        *("'" + start + "1" for start in formulas), *(start + "1" for start in texts)]
+        *("'" + start + "1" for start in formulas), *(start + "1" for start in texts), *(f"a{end}'=1" for end in ends)]
     assert [row["id"] for row in rows] == [event["id"] for event in exported(command, "events")]
     assert json.loads(rows[-added - 1]["properties"]) == {"cell": "\t=1"}
     number, text = (crashes[-1][name] for name in ("battery_level", "exception_reason"))
