@@ -4334,8 +4334,6 @@ class Deletion(Apps):
             deleted["devices"] = rollups.figures[Devices].forget(device_id_hash)
             rollups.save()
             self._note_windows(db)
-            if +deleted:  # from all waiting messages, because a message does not name its device
-                self._change_waiting_facts(db, _without_reason)
         self._fold_in_wal()
         return +deleted
 
@@ -4372,25 +4370,16 @@ class Deletion(Apps):
                 db.execute("delete from " + rows, (app_id,))
             db.executemany("delete from state where name = ?", [(f"early_{app_id}",), (f"worse_{app_id}",)])
             db.execute(SET_STATE, (f"deleted_{app_id}", MAX_NUMBER))
-            self._change_waiting_facts(db, lambda fact: fact if fact.get("app") != name else None)
+            self._drop_waiting_facts(db, name)
 
     @staticmethod
-    def _change_waiting_facts(db: Connection, change: Callable[[JsonObject], JsonObject | None],
-                              before: int = MAX_NUMBER) -> None:
-        """Changes or drops facts in messages that were made before a time, in milliseconds, and are not sent yet. A
-        message that loses all its facts is not sent."""
-        for id, body in db.execute("select id, body from messages where due_at is not null and created_at < ?",
-                                   (before,)).fetchall():
+    def _drop_waiting_facts(db: Connection, app: str) -> None:
+        """Drops the facts of an app from messages that are not sent yet. One that loses all its facts is not sent."""
+        for id, body in db.execute("select id, body from messages where due_at is not null").fetchall():
             message = json.loads(body)
-            message["data"]["facts"] = facts = list(filter(None, map(change, message["data"]["facts"])))
+            message["data"]["facts"] = facts = [fact for fact in message["data"]["facts"] if fact.get("app") != app]
             db.execute("update messages set body = ?, due_at = case when ? > 0 then due_at end where id = ?",
                        (to_json(message), len(facts), id))
-
-
-def _without_reason(fact: JsonObject) -> JsonObject:
-    """A fact of a message without the crash's reason, which is also the end of its text."""
-    kept = {name: value for name, value in fact.items() if name != "reason"}
-    return {**kept, "text": fact["text"].removesuffix(f": {fact['reason']}")} if "reason" in fact else fact
 
 
 # == Stored symbols ============================================================
@@ -4919,7 +4908,6 @@ class Store(SymbolStore):
         db.execute("delete from facts where at < ?", (self.now - FACT_DAYS * DAY,))
         db.execute("delete from messages where due_at is null and created_at <= ?", (self.now - HOUR,))
         if not deleted:
-            self._change_waiting_facts(db, _without_reason, before=self._first_kept_seq >> SEQ_BITS)
             db.execute(SET_STATE, ("trimmed_day", self.now // DAY))
             for warning in self.warnings():
                 log.warning("%s", warning)
@@ -5005,7 +4993,7 @@ class DeliveryError(StoreError):
         self.is_receiver_down = not 400 <= status < 500 or status in (408, 429)  # else it refuses only this message
 
 
-Message = JsonObject  # id, channel_id, body (JSON) and tries of a message; url and secret of its channel
+Message = JsonObject  # id, channel_id, body (JSON) and tries of a message; url, secret and with_reason of its channel
 PostRequest = tuple[str, bytes, dict[str, str]]  # address, body and headers
 
 
@@ -5229,11 +5217,9 @@ class Alerts:
             "title": title, "facts": facts, "more": more, **({"url": link} if link else {})}})
 
     def _queue(self, db: Connection, channel_id: int, body: str) -> None:
-        """Queues a message. Deletes those that are done and older than an hour."""
         now = self._store.now
         db.execute("insert into messages (id, channel_id, created_at, body, due_at) values (?, ?, ?, ?, ?)",
                    ("msg_" + secrets.token_hex(12), channel_id, now, body, now))
-        db.execute("delete from messages where due_at is null and created_at <= ?", (now - HOUR,))
 
     def _queue_messages(self) -> None:
         """Makes messages of the facts that have waited for a minute, and of the digests that are due. A channel gets no
@@ -5273,10 +5259,8 @@ class Alerts:
         """Makes a message of a channel's facts, unless the oldest is less than a minute old."""
         with self._store.writing() as db:  # waits for other commits, so no fact with a lower id can come later
             rows = dict_rows(db, """
-                select kind, at, name as app, facts.group_hash, detail, exception_reason
-                from facts join apps on apps.id = facts.app_id
-                left join groups on groups.app_id = facts.app_id and groups.group_hash = facts.group_hash
-                where facts.id > :last_fact and (facts.app_id = :app_id or :app_id is null and is_test = 0)
+                select kind, at, name as app, group_hash, detail from facts join apps on apps.id = app_id
+                where facts.id > :last_fact and (app_id = :app_id or :app_id is null and is_test = 0)
                     and instr(',' || :kinds || ',', ',' || kind || ',')
                 order by facts.id""", channel)
             if rows and self._store.now - FACT_DELAY < rows[0]["at"] <= self._store.now:
@@ -5285,20 +5269,18 @@ class Alerts:
                 update channels set last_fact = (select coalesce(max(id), last_fact) from facts)
                 where id = :id and last_fact = :last_fact""", channel).rowcount  # 0 if another process was first
             if rows and is_first:
-                facts = [self._fact_json(row, channel["with_reason"]) for row in rows[:MAX_FACTS]]
+                facts = list(map(self._fact_json, rows[:MAX_FACTS]))
                 counts = Counter(row["kind"].rpartition(".")[2] for row in rows)
                 title = "backfeedr: " + ", ".join(f"{count:,} {word}" for word, count in counts.items())
                 body = self._message_body(rows[0]["kind"], title, facts, len(rows) - len(facts))
                 self._queue(db, channel["id"], body)
             db.execute("delete from facts where id <= (select min(last_fact) from channels where ended_at is null)")
 
-    def _fact_json(self, row: JsonObject, with_reason: bool) -> JsonObject:
+    def _fact_json(self, row: JsonObject) -> JsonObject:
         app, group_hash, detail = row["app"], row["group_hash"], json.loads(row["detail"])
-        reason = _one_line(row["exception_reason"] or "") if with_reason else ""
         page = f"{self._public_url}/crashes/{group_hash}" if group_hash else f"{self._public_url}/releases"
         fact = {"type": row["kind"], "at": iso_time(row["at"]), "app": app, "group_hash": group_hash,
-                **{name: detail.get(name) for name in _FACT_FIELDS}, "reason": reason,
-                "text": ": ".join(filter(None, (_fact_text(row["kind"], app, detail), reason))),
+                **{name: detail.get(name) for name in _FACT_FIELDS}, "text": _fact_text(row["kind"], app, detail),
                 "url": self._public_url and f"{page}?{urlencode({'app': app})}"}
         return {name: value for name, value in fact.items() if value not in (None, "")}
 
@@ -5311,7 +5293,7 @@ class Alerts:
         self._queue_messages()
         with self._store.reading() as db:
             due = dict_rows(db, """
-                select messages.id, channel_id, body, tries, url, secret from messages
+                select messages.id, channel_id, body, tries, url, secret, with_reason from messages
                 join channels on channels.id = channel_id
                 where due_at <= :now and taken_until <= :now
                 order by messages.created_at, messages.id""", {"now": self._store.now})
@@ -5333,6 +5315,8 @@ class Alerts:
                 """, {**message, "now": now, "until": now + CLAIM_TIME}).rowcount
             if is_claimed:  # reads the body again: an app may have been deleted meanwhile, and its facts with it
                 message["body"], = db.execute("select body from messages where id = ?", (message["id"],)).fetchone()
+                if message["with_reason"]:
+                    message["body"] = _with_reasons(db, message["body"])
             return bool(is_claimed)
 
     def _attempt(self, message: Message) -> DeliveryError | None:
@@ -5361,7 +5345,6 @@ class Alerts:
             else:
                 db.execute("update channels set error = null, error_at = null, sent_at = ? where id = ?",
                            (now, channel_id))
-            # The body is deleted after the last try: it may have a reason, which must not outlive its report.
             db.execute("""
                 update messages set due_at = :due, taken_until = :taken,
                     body = case when :due is null then '' else body end
@@ -5395,6 +5378,19 @@ class Alerts:
 def _one_line(text: str) -> str:
     """The first 200 characters of a text, with single spaces and no line breaks."""
     return " ".join(text.split())[:200]
+
+
+def _with_reasons(db: Connection, body: str) -> str:
+    """The body of a message with the reasons of its crashes. They are not stored with it, but looked up for each try:
+    a reason must not outlive its report."""
+    message = json.loads(body)
+    for fact in message["data"]["facts"]:
+        found = db.execute("""
+            select exception_reason from groups join apps on apps.id = app_id where name = ? and group_hash = ?
+            """, (fact.get("app"), fact.get("group_hash"))).fetchone()
+        if found and (reason := _one_line(found[0] or "")):
+            fact.update(reason=reason, text=f"{fact['text']}: {reason}")
+    return to_json(message)
 
 
 def _fact_text(kind: str, app: str, detail: JsonObject) -> str:

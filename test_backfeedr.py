@@ -5422,37 +5422,24 @@ def test_a_reason_leaves_the_host_only_if_a_channel_asks_for_it(serve, clock, re
     assert "(default 1.3.0): Card 4111" in chat
 
 
-def test_a_reason_is_kept_no_longer_in_a_message_than_in_its_report(serve, clock, receiver):
-    server = serve()
-    server.alerts.add(receiver.url, with_reason=True)
-    Api(server).post(CRASHES, {**CRASH, "exception_reason": "Card 4111", "device_id_hash": "d"})
+@pytest.mark.parametrize("ends", ["is forgotten", "expires"])
+def test_a_reason_is_kept_no_longer_for_a_message_than_in_its_report(one_day, clock, receiver, ends):
+    one_day.alerts.add(receiver.url, with_reason=True)
+    add(one_day, exception_reason="Card 4111", device_id_hash="d")
     receiver.status = 500
-    assert deliver_later(server, clock) == {"sent": 0, "failed": 1} and receiver.facts("reason")[0] == ["Card 4111"]
-    assert "4111" in sql(server.store.path, "select body from messages")[0][0]
-    server.store.forget_device("nobody")
-    assert "4111" in sql(server.store.path, "select body from messages")[0][0]
-    server.store.forget_device("d")
-    assert "4111" not in sql(server.store.path, "select body from messages")[0][0]
-    receiver.status = 204
-    assert deliver_later(server, clock) == ONE_SENT and receiver.facts("type") == [["crash.new"]] * 2
-    assert "4111" not in receiver.requests[1].body and receiver.facts("text")[1] == [
-        receiver.facts("text")[0][0].replace(": Card 4111", "")]
-    assert sql(server.store.path, "select body from messages") == [("",)]
+    assert deliver_later(one_day, clock) == ONE_FAILED and deliver_later(one_day, clock, 3600) == ONE_FAILED
     clock.move(A_DAY)
-    server.store.catch_up()
-    assert count(server, "messages") == 0
-
-
-def test_a_message_that_waits_longer_than_reports_are_kept_loses_its_reasons(keeping, clock, receiver):
-    server = keeping(2)
-    server.alerts.add(receiver.url, with_reason=True)
-    add(server, exception_reason="Card 4111")
-    receiver.status = 500
-    deliver_later(server, clock)
-    for days, is_kept in ((1, True), (1.5, False)):
-        clock.move(days * A_DAY)
-        server.store.catch_up()
-        assert ("4111" in sql(server.store.path, "select body from messages where due_at > 0")[0][0]) is is_kept
+    assert one_day.store.forget_device("d") if ends == "is forgotten" else one_day.store.catch_up()
+    assert "4111" not in str(stored(one_day, "messages", *REPORT_TABLES))
+    receiver.status = 204
+    assert deliver_later(one_day, clock) == ONE_SENT and receiver.facts("type") == [["crash.new"]] * 3
+    assert receiver.facts("reason") == [["Card 4111"]] * 2 + [[None]]
+    first, second, (last,) = receiver.facts("text")
+    assert first == second == [last + ": Card 4111"]
+    assert sql(one_day.store.path, "select body from messages") == [("",)]
+    clock.move(A_DAY)
+    one_day.store.catch_up()
+    assert count(one_day, "messages") == 0
 
 
 def test_an_address_to_which_nothing_can_be_sent_is_refused(api, monkeypatch):
