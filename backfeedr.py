@@ -2234,14 +2234,20 @@ def labels_and_counts(rows: Iterable[tuple[str, int]]) -> JsonObject:
     return {"labels": [label for label, _ in pairs], "data": [count for _, count in pairs]}
 
 
-def rows_that_fit(rows: Iterable[Any]) -> Iterator[Any]:
-    """As many of the first rows as fit in MAX_ANSWER."""
+def rows_that_fit(rows: Iterable[Any], limit: int = MAX_ANSWER,
+                  size_of: Callable[[Any], int] = lambda row: len(to_ascii_json(row))) -> Iterator[Any]:
+    """The first row, and as many of the next as fit in the limit with it."""
     size = 0
-    for row in rows:
-        size += len(to_ascii_json(row))
-        if size > MAX_ANSWER:
+    for number, row in enumerate(rows):
+        size += size_of(row)
+        if size > limit and number:
             return
         yield row
+
+
+def text_size(values: Iterable[Any]) -> int:
+    """The number of characters in those values that are text."""
+    return sum(len(value) for value in values if type(value) is str)
 
 
 @lru_cache(maxsize=4096)
@@ -3605,6 +3611,7 @@ def _pages_to_count(db: sqlite3.Connection, kind: type[Any]) -> Iterator[Counted
 
 UPGRADE_TIMEOUT = 3600  # seconds to wait while another process upgrades the tables; for a gigabyte, it needs 30
 PAUSE_FACTOR = 2  # the pause after a step is this many times as long as the step
+PAGE_CHARACTERS = 1_000_000  # of text in a page of an export or a list: a row may be as large as a body
 
 
 class Process:
@@ -3710,6 +3717,17 @@ class Database(Closing):
                 process.readers.append(db)
             elif db:
                 db.close()
+
+    def _pages(self, query: str, after: int, *parameters: Any) -> Iterator[Sequence[Row]]:
+        """The rows of a query, of which the first column is the seq, in pages: one long read would keep the WAL
+        growing. The parameters of the query are the seq after which a page begins, the given ones, and a limit."""
+        while True:
+            with self.reading() as db, closing(db.execute(query, (after, *parameters, STEP_ROWS))) as rows:
+                page = list(rows_that_fit(rows, PAGE_CHARACTERS, text_size))
+            if not page:
+                return
+            yield page
+            after = page[-1][0]
 
     @contextmanager
     def writing(self, shared: bool = False) -> Iterator[Connection]:
@@ -4321,7 +4339,9 @@ class Deletion(Apps):
         deleted: Counter[str] = Counter()
         last = {kind: self._last_seq(kind) for kind in TABLES}
         for kind, table in TABLES.items():
-            for seqs in self._device_pages(table, device_id_hash):
+            for seqs in self._pages(f"""
+                    select seq from {table} where seq > ? and device_id_hash = ? order by seq limit ?
+                    """, -1, device_id_hash):
                 while seqs:
                     with self.writing_step() as db:
                         seqs = self._forget_some(db, kind, seqs, deleted)
@@ -4348,16 +4368,6 @@ class Deletion(Apps):
             if time.monotonic() > deadline:
                 break
         return seqs
-
-    def _device_pages(self, table: str, device_id_hash: str) -> Iterator[Sequence[Row]]:
-        """The seqs of the reports of a device, in pages: one long read would keep the WAL growing."""
-        page: Sequence[Row] = [(-1,)]
-        while page:
-            with self.reading() as db:
-                page = db.execute(f"""
-                    select seq from {table} where device_id_hash = ? and seq > ? order by seq limit ?
-                    """, (device_id_hash, *page[-1], STEP_ROWS)).fetchall()
-            yield page
 
     def delete_app(self, name: str) -> None:
         """Deletes an app and its keys. From then on its reports are neither listed nor counted, and its name is free;
@@ -4618,7 +4628,6 @@ COMMIT_GATHER_SECONDS = 0.003  # how long it waits, because a commit costs as mu
 MAX_COMMIT_WAIT = 30.0  # seconds to wait for another thread's commit: longer than any lock and sync together
 NEARLY_FULL = 0.9  # share of the disk or of max_db_size above which the operator is warned
 FACT_DAYS = 7  # after which a fact that no channel took is deleted
-PAGE_CHARACTERS = 1_000_000  # characters that end a page of an export or a list: a row may be as large as a body
 
 
 class StoredReport(NamedTuple):
@@ -4773,26 +4782,15 @@ class Store(SymbolStore):
         with self.reading() as db:
             if app is not None:
                 self.find_app(db, app)
-        last, after = self._last_seq(kind), min(max(0, first_seq(since)), MAX_NUMBER) - 1
-        while page := self._export_page(kind, after, last):
-            yield from (stored for stored in page if app in (None, stored.app) and stored.received_at >= since)
-            after = page[-1].seq
-
-    def _export_page(self, kind: type[Any], after: int, last: int) -> list[StoredReport]:
-        """The next reports. They are read in pages because one long read would keep the WAL growing."""
-        page: list[StoredReport] = []
-        size = 0
-        with self.reading() as db, closing(db.execute(f"""
-                select seq, apps.name, is_test, received_at, clock_ahead_ms,
-                    {", ".join("reports." + field for field in kind._fields)}
-                from {TABLES[kind]} as reports cross join apps on apps.id = app_id
-                where seq > ? and seq <= ? order by seq limit ?""", (after, last, STEP_ROWS))) as rows:
-            for seq, name, is_test, received_at, ahead_ms, *values in rows:
-                page.append(StoredReport(seq, name, bool(is_test), received_at, ahead_ms, kind._make(values)))
-                size += sum(len(value) for value in values if type(value) is str)
-                if size > PAGE_CHARACTERS:
-                    break
-        return page
+        pages = self._pages(f"""
+            select seq, apps.name, is_test, received_at, clock_ahead_ms,
+                {", ".join("reports." + field for field in kind._fields)}
+            from {TABLES[kind]} as reports cross join apps on apps.id = app_id
+            where seq > ? and seq <= ? order by seq limit ?
+            """, min(max(0, first_seq(since)), MAX_NUMBER) - 1, self._last_seq(kind))
+        for seq, name, is_test, received_at, ahead_ms, *values in chain.from_iterable(pages):
+            if app in (None, name) and received_at >= since:
+                yield StoredReport(seq, name, bool(is_test), received_at, ahead_ms, kind._make(values))
 
     def import_(self, reports: Sequence[StoredReport]) -> Counter[str]:
         """Stores reports that another store exported, all or none, and creates their apps, without keys. Returns how
@@ -5545,17 +5543,14 @@ def crash_free_rate(crashes: int, sessions: int) -> float:
 # Crashes and events as they were sent, with symbols, and where a page of a list begins.
 
 def _load_reports(db: Connection, table: str, seqs: Sequence[int], max_text: int = PAGE_CHARACTERS) -> list[JsonObject]:
-    """Crashes or events as they were sent, each with its app and the time of its receipt. Stops after a report with
-    which they exceed `max_text` characters."""
-    apps, reports, size, symbols = dict(db.execute("select id, name from apps")), [], 0, Symbols(db)
-    for seq in seqs:
-        row, = dict_rows(db, f"select * from {table} where seq = ?", (seq,))
-        size += sum(len(value) for value in row.values() if type(value) is str)
+    """Crashes or events as they were sent, each with its app and the time of its receipt: the first one, and those that
+    fit with it in `max_text` characters."""
+    apps, reports, symbols = dict(db.execute("select id, name from apps")), [], Symbols(db)
+    rows = (dict_rows(db, f"select * from {table} where seq = ?", (seq,))[0] for seq in seqs)
+    for row in rows_that_fit(rows, max_text, lambda row: text_size(row.values())):
         report = as_sent({"id": row.pop("id"), "app": apps.get(row.pop("app_id")), **row})
         _symbolicate(symbols, report if table == "crashes" else report.get("properties", {}))
         reports.append(report)
-        if size > max_text:
-            break
     return reports
 
 
@@ -5681,12 +5676,8 @@ class GroupMetrics(PublicMetrics):
                 where {column} < :value or {column} = :value and group_hash > :group
                 order by {column} desc, group_hash
                 limit :limit""", parameters)
-            groups, size = [], 0
-            for row in rows[:limit]:
-                if size > PAGE_CHARACTERS:
-                    break
-                groups.append(self._list_row(db, row, {**parameters, "group": row["group_hash"]}))
-                size += sum(map(len, groups[-1]["versions"]))
+            listed = (self._list_row(db, row, {**parameters, "group": row["group_hash"]}) for row in rows[:limit])
+            groups = list(rows_that_fit(listed, PAGE_CHARACTERS, lambda group: text_size(group["versions"])))
         last = rows[len(groups) - 1] if rows[len(groups):] else None
         return {"groups": groups, "next": last and f"{last[column]}-{last['group_hash']}"}
 
