@@ -6278,8 +6278,8 @@ def bar_chart(counts: JsonObject, total: int | None = None) -> str:
 
 SHOWN_FRAMES, SHOWN_TEXT = 200, 20_000  # frames and characters of a report on its page; the API has the rest
 _CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")  # not allowed in HTML and XML
-_MISLEADING_CHARACTERS = re.compile(  # these, and characters that change the direction of text
-    _CONTROL_CHARACTERS.pattern + "|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_MISLEADING_CHARACTERS = re.compile(  # these, and characters that end a line or change the direction of text
+    _CONTROL_CHARACTERS.pattern + "|[\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 Tile = tuple[str, str, str, str]  # name, value, note and chart of a figure
 
 
@@ -8516,8 +8516,7 @@ class _SafeTerminal:
     """A terminal that text from reports cannot control. Characters that move the cursor, start an escape sequence or
     reverse the direction of text are written as in JSON; tabs and line ends stay."""
 
-    CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
-                          "|\r(?!\n)")
+    ESCAPED = re.compile(f"(?!\r\n)(?:{_MISLEADING_CHARACTERS.pattern})")
 
     def __init__(self, terminal: TextIO):
         self._terminal = terminal
@@ -8526,7 +8525,7 @@ class _SafeTerminal:
         return getattr(self._terminal, name)
 
     def write(self, text: str) -> None:
-        self._terminal.write(self.CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
+        self._terminal.write(self.ESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 def _escaped(out: TextIO) -> Any:

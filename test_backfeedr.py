@@ -2608,10 +2608,12 @@ def build_of(text):
     return dict(zip(("app_version", "build_number"), re.split(r" (?!\()", text) if text else ()))
 
 
-def crash_now(api, clock, build="", **fields):
-    """Sends a crash that occurs a second later, and returns its id."""
+def report_now(api, clock, build="", **fields):
+    """Sends a crash, or an event if the build is "event " and a version, that occurs a second later. Returns its id."""
     clock.move(1)
-    status, answer = api.post(CRASHES, {**CRASH, "occurred_at": time_text(clock.seconds), **build_of(build), **fields})
+    path, body = (EVENTS, EVENT) if build.startswith("event ") else (CRASHES, CRASH)
+    build = build_of(build.replace("event ", ""))
+    status, answer = api.post(path, {**body, "occurred_at": time_text(clock.seconds), **build, **fields})
     assert status == 201
     return answer["id"]
 
@@ -2664,18 +2666,18 @@ def subscribed(api):
     (["winter b", "winter a"], "winter (a)", {"winter b": 0, "winter a": 1}),
     (["1.3.0 48"], "1.3.0 (49)", {"1.3.0": 0, "1.3.0 49": 1})])
 def test_a_resolved_group_regresses_only_in_builds_that_have_the_fix(api, clock, seen, fixed_in, crashes):
-    crash_now(api, clock, seen[0] if seen and "event" not in seen[0] else "")
+    report_now(api, clock, seen[0] if seen and "event" not in seen[0] else "")
     for build in seen[1:]:
-        send_report(api, clock, build, exception_type="SIGBUS")
+        report_now(api, clock, build, exception_type="SIGBUS")
     if "event 1.0" in seen:
-        send_report(api, clock, "event 1.0")
+        report_now(api, clock, "event 1.0")
     assert set_triage(api.server, {"state": "resolved", "fixed_in": fixed_in})["fixed_in"] == fixed_in
     clock.move(1)
     for build, regressed in crashes.items():
         resolve = {"state": "resolved", "fixed_in": fixed_in}
         change = resolve if state_of(api.server) == "open" else {"comment": "Still."}
         assert set_triage(api.server, change)["regressed_at"] is None
-        id = send_report(api, clock, build)
+        id = report_now(api, clock, build)
         group = api.server.metrics.group(ABORTS)
         assert (group["state"], group["regressed_at"]) == (
             ("open", time_text(clock.seconds)) if regressed else ("resolved", None)), build
@@ -2684,18 +2686,8 @@ def test_a_resolved_group_regresses_only_in_builds_that_have_the_fix(api, clock,
         assert history_of(api.server)[-1] == last
 
 
-def send_report(api, clock, build, **fields):
-    """Like crash_now, or sends an event if the build is "event " and a version. Returns the id."""
-    if not build.startswith("event "):
-        return crash_now(api, clock, build, **fields)
-    clock.move(1)
-    status, answer = api.post(EVENTS, {**EVENT, "occurred_at": time_text(clock.seconds), "app_version": build[6:]})
-    assert status == 201
-    return answer["id"]
-
-
 def test_a_crash_without_a_version_reopens_a_group_only_if_it_occurred_later(api, clock):
-    crash_now(api, clock)
+    report_now(api, clock)
     set_triage(api.server, {"state": "resolved"})
     for ahead, state in ((0, "resolved"), (1, "open")):
         occurred = time_text(clock.seconds + ahead)
@@ -2745,7 +2737,7 @@ def test_each_crash_of_a_commit_counts_for_a_mute_and_the_first_alone_is_a_regre
 
 def test_two_hosts_that_commit_side_by_side_reopen_a_group_once(serve, clock):
     server, other = serve(), serve()
-    crash_now(Api(server), clock)
+    report_now(Api(server), clock)
     for _ in range(5):
         set_triage(server, {"state": "resolved", "fixed_in": "1.0"})
         clock.move(1)
@@ -2777,7 +2769,7 @@ def test_replays_imports_and_test_apps_reopen_no_group_but_a_test_app_has_new_on
 
 
 def test_crashes_that_stay_in_their_group_during_a_catch_up_do_not_regress_it(server, clock):
-    crash_now(Api(server), clock, "1.0 47")
+    report_now(Api(server), clock, "1.0 47")
     set_triage(server, {"state": "resolved", "fixed_in": "1.0"})
     sql_run(server, "update crashes set images = 'outdated'")
     sql_run(server, "insert into regroupings select app_id, group_hash, 0, '' from groups")
@@ -2788,7 +2780,7 @@ def test_crashes_that_stay_in_their_group_during_a_catch_up_do_not_regress_it(se
 def test_state_and_history_outlive_the_crashes_so_a_later_crash_can_be_a_regression(serve, clock):
     server = serve(retention_days=30)
     api = Api(server)
-    crash_now(api, clock, "1.0 47")
+    report_now(api, clock, "1.0 47")
     set_triage(server, {"state": "resolved", "comment": "Fixed."})
     clock.move(60 * 86_400)
     server.store.prune()
@@ -2809,14 +2801,14 @@ def test_state_and_history_outlive_the_crashes_so_a_later_crash_can_be_a_regress
     check_schema({"$ref": "#/components/schemas/Groups"}, api.get(f"{CRASHES}?state=resolved", **ADMIN)[1])
     assert f"{ABORTS} resolved 0 0" in Person(server).signed_in().text("/crashes?state=resolved")
     server.alerts.add("https://example.com")
-    crash_now(api, clock, "1.0 47")
+    report_now(api, clock, "1.0 47")
     assert state_of(server) == "resolved"
-    crash_now(api, clock, "1.1 50")
+    report_now(api, clock, "1.1 50")
     assert state_of(server) == "open" and [kind for kind, _ in facts_of(server)] == ["crash.regressed"]
     assert [what for what, _ in history_of(server)] == ["resolved", "commented", "commented", "regressed"]
     clock.move(60 * 86_400)
     server.store.prune()
-    crash_now(api, clock, "1.1 50")
+    report_now(api, clock, "1.1 50")
     assert not facts_of(server), "a group with a history is not new"
     server.store.delete_app("default")
     server.store.prune()
@@ -2948,12 +2940,12 @@ def test_a_decision_about_a_group_of_two_apps_must_name_the_app(serve, api, pers
 def test_groups_are_listed_by_state(api, person, clock):
     types = ["open", "resolved", "muted", "again", "fresh"]  # of exceptions, named for what becomes of their groups
     for exception_type in types[:-1]:
-        crash_now(api, clock, exception_type=exception_type)
+        report_now(api, clock, exception_type=exception_type)
     for exception_type, state in (("muted", "muted"), ("resolved", "resolved"), ("again", "resolved")):
         set_triage(api.server, {"state": state}, group_hash(exception_type, []))
     clock.move(8 * 86_400)
-    crash_now(api, clock, exception_type="again")
-    crash_now(api, clock, exception_type="fresh")
+    report_now(api, clock, exception_type="again")
+    report_now(api, clock, exception_type="fresh")
     person.sign_in()
     for state, expected in {"open": ["again", "fresh", "open"], "resolved": ["resolved"], "muted": ["muted"],
                             "regressed": ["again"], "new": ["fresh"], "": types}.items():
@@ -2977,8 +2969,8 @@ def test_groups_are_listed_by_state(api, person, clock):
     (["dev"], "dev", "dev")])
 def test_the_next_version_or_build_is_suggested_for_the_fix(api, clock, builds, crashed_in, expected):
     for build in builds:
-        crash_now(api, clock, build, exception_type="SIGBUS")
-    crash_now(api, clock, crashed_in)
+        report_now(api, clock, build, exception_type="SIGBUS")
+    report_now(api, clock, crashed_in)
     assert api.server.metrics.next_build(ABORTS, "default") == expected
 
 
@@ -2986,8 +2978,8 @@ def test_invented_builds_and_versions_hide_no_regression(serve, subscribed, cloc
     serve.unchecked.append(subscribed.server)  # builds beyond the bound are not counted
     monkeypatch.setattr(backfeedr, "MAX_BUILDS_OF_APP", 3)
     for n in range(3):
-        crash_now(subscribed, clock, f"1.0 {n}", exception_type="other")
-    crash_now(subscribed, clock, "1.0 1")
+        report_now(subscribed, clock, f"1.0 {n}", exception_type="other")
+    report_now(subscribed, clock, "1.0 1")
     for fixed_in, versions, crashes in (
             (None, 200, {"1.0 9": "resolved", "1.1 10": "open"}),  # 1.1 is new, though its build has no row
             ("1.2", 0, {"1.1.9 11": "resolved", "1.3 12": "open"}),  # 1.3 comes after it, though it counts as (other)
@@ -2995,7 +2987,7 @@ def test_invented_builds_and_versions_hide_no_regression(serve, subscribed, cloc
         monkeypatch.setitem(backfeedr.MAX_NEW_NAMES, "app_version", versions)
         set_triage(subscribed.server, {"state": "resolved", "fixed_in": fixed_in})
         for build, state in crashes.items():
-            crash_now(subscribed, clock, build)
+            report_now(subscribed, clock, build)
             assert state_of(subscribed.server) == state, build
     assert ("1.3",) in sql(subscribed.server, "select app_version from crashes")
 
@@ -3003,9 +2995,9 @@ def test_invented_builds_and_versions_hide_no_regression(serve, subscribed, cloc
 def test_a_crash_that_symbols_move_to_a_resolved_group_may_regress_it(subscribed, clock, monkeypatch):
     monkeypatch.setattr(backfeedr, "SPREAD_BOUNDS", (2, 3))
     upload(subscribed.server)
-    crash_now(subscribed, clock, "1.0 1", **shop_crash(1008, exception_type="SIGABRT", device_id_hash="d1"))
+    report_now(subscribed, clock, "1.0 1", **shop_crash(1008, exception_type="SIGABRT", device_id_hash="d1"))
     set_triage(subscribed.server, {"state": "resolved", "fixed_in": "1.1"}, NAMED)
-    crash_now(subscribed, clock, "1.0 1", **shop_crash(5008, OTHER_BUILD, occurred_at=NOW, device_id_hash="d2"))
+    report_now(subscribed, clock, "1.0 1", **shop_crash(5008, OTHER_BUILD, occurred_at=NOW, device_id_hash="d2"))
     new = {**shop_crash(5012, OTHER_BUILD), "occurred_at": time_text(clock.seconds), **build_of("1.2 3")}
     assert subscribed.post(CRASHES, new)[0] == 201
     assert state_of(subscribed.server, NAMED) == "resolved", "the symbols are not there yet"
@@ -3040,7 +3032,7 @@ def state_form(page, state):
 
 
 def test_a_group_is_triaged_on_its_page(api, person, clock):
-    crash_now(api, clock, "1.2 47")
+    report_now(api, clock, "1.2 47")
     path = f"/crashes/{ABORTS}?app=default"
 
     def decide(form, **values):
@@ -3059,7 +3051,7 @@ def test_a_group_is_triaged_on_its_page(api, person, clock):
     assert api.server.metrics.group(ABORTS)["fixed_in"] is None
     decide(next(form for form in forms_of(person.get(path)) if "comment" in form.fields), comment=HOSTILE)
     assert "<script" not in person.get(path).text and "alert(1)" in person.text(path)
-    crash_now(api, clock, "1.3 50")
+    report_now(api, clock, "1.3 50")
     assert "Open again since just now" in person.text(path)
     before, form = stored(api.server, "triage", "group_history"), state_form(person.get(path), "muted")
     assert re.search("Invalid until.*Until is in the past[.]", send(form, 400, until="2026-03-01").text, re.S)
