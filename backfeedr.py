@@ -5607,15 +5607,15 @@ STORED_GROUP_COUNTS = f"""
     select app_id, group_hash, crashes, devices, last_seen as latest from groups
     where {APP_FILTER} and (crashes > 0 or {_LISTED_WITHOUT_CRASHES})
     union all select app_id, group_hash, 0, 0, 0 from triage where {APP_FILTER} and {_LISTED_WITHOUT_CRASHES}"""
-HAS_VERSION = "(:version is null or substr(app_version, 1, :length) = :version)"
+IS_COUNTED = f"""{RECEIVED_AT} >= :since and (:version is null or substr(app_version, 1, :length) = :version)
+        and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)"""  # the crashes that a list counts
 FILTERED_GROUP_COUNTS = f"""
     select known.app_id, known.group_hash, count(*) as crashes, count(distinct device_id_hash) as devices,
         max({COUNTED_AT}) as latest
     from (select app_id, group_hash from groups where {APP_FILTER} and last_seen >= :since
         and (:candidates is null or instr(:candidates, group_hash))) as known
     cross join crashes on crashes.app_id = known.app_id and crashes.group_hash = known.group_hash
-    where {RECEIVED_AT} >= :since and {HAS_VERSION}
-        and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
+    where {IS_COUNTED}
     group by known.app_id, known.group_hash"""
 
 
@@ -5696,8 +5696,7 @@ class GroupMetrics(PublicMetrics):
         is_new = (group["came_at"] or 0) >= parameters["week"] if version is None else first == version
         versions = [app_version for app_version, in db.execute(f"""
             select app_version from crashes
-            where {APP_FILTER} and group_hash = :group and {RECEIVED_AT} >= :since and app_version is not null
-                and {HAS_VERSION} and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
+            where {APP_FILTER} and group_hash = :group and app_version is not null and {IS_COUNTED}
             group by app_version
             order by count(*) desc, app_version
             limit {MAX_VERSIONS}""", parameters)]
@@ -5838,7 +5837,7 @@ class GroupMetrics(PublicMetrics):
     def _days_of_group(self, db: Connection, parameters: JsonObject, shown_days: range) -> JsonObject:
         counts = dict(db.execute(f"""
             select {COUNTED_AT} / {DAY} as day, count(*) from crashes
-            where {APP_FILTER} and group_hash = :group and {RECEIVED_AT} >= :since and {HAS_VERSION}
+            where {APP_FILTER} and group_hash = :group and {IS_COUNTED}
             group by day""", parameters))
         apps = db.execute(f"""
             select name from (select id as app_id, name from apps) as app where {APP_FILTER} and (
@@ -5881,7 +5880,7 @@ def _group_json(group: JsonObject) -> JsonObject:
 
 
 def _version_filter(version: str | None) -> JsonObject:
-    """The parameters of HAS_VERSION. A version that ends with * stands for all that begin like it."""
+    """The version in the parameters of IS_COUNTED. A version that ends with * stands for all that begin like it."""
     if version and version.endswith("*"):
         return {"version": version[:-1], "length": len(version) - 1}
     return {"version": version, "length": MAX_TEXT}
