@@ -2254,14 +2254,20 @@ def labels_and_counts(rows: Iterable[tuple[str, int]]) -> JsonObject:
     return {"labels": [label for label, _ in pairs], "data": [count for _, count in pairs]}
 
 
-def rows_that_fit(rows: Iterable[Any]) -> Iterator[Any]:
-    """As many of the first rows as fit in MAX_ANSWER."""
+def rows_that_fit(rows: Iterable[Any], limit: int = MAX_ANSWER,
+                  size_of: Callable[[Any], int] = lambda row: len(to_ascii_json(row))) -> Iterator[Any]:
+    """The first row, and as many of the next as fit in the limit with it."""
     size = 0
-    for row in rows:
-        size += len(to_ascii_json(row))
-        if size > MAX_ANSWER:
+    for number, row in enumerate(rows):
+        size += size_of(row)
+        if size > limit and number:
             return
         yield row
+
+
+def text_size(values: Iterable[Any]) -> int:
+    """The number of characters in those values that are text."""
+    return sum(len(value) for value in values if type(value) is str)
 
 
 @lru_cache(maxsize=4096)
@@ -3625,6 +3631,7 @@ def _pages_to_count(db: sqlite3.Connection, kind: type[Any]) -> Iterator[Counted
 
 UPGRADE_TIMEOUT = 3600  # seconds to wait while another process upgrades the tables; for a gigabyte, it needs 30
 PAUSE_FACTOR = 2  # the pause after a step is this many times as long as the step
+PAGE_CHARACTERS = 1_000_000  # of text in a page of an export or a list: a row may be as large as a body
 
 
 class Process:
@@ -3730,6 +3737,17 @@ class Database(Closing):
                 process.readers.append(db)
             elif db:
                 db.close()
+
+    def _pages(self, query: str, after: int, *parameters: Any) -> Iterator[Sequence[Row]]:
+        """The rows of a query, of which the first column is the seq, in pages: one long read would keep the WAL
+        growing. The parameters of the query are the seq after which a page begins, the given ones, and a limit."""
+        while True:
+            with self.reading() as db, closing(db.execute(query, (after, *parameters, STEP_ROWS))) as rows:
+                page = list(rows_that_fit(rows, PAGE_CHARACTERS, text_size))
+            if not page:
+                return
+            yield page
+            after = page[-1][0]
 
     @contextmanager
     def writing(self, shared: bool = False) -> Iterator[Connection]:
@@ -4358,7 +4376,9 @@ class Deletion(Apps):
         with self.writing_step() as db:  # first, so that an interruption leaves only reports, which expire
             deleted["devices"] = self._forget_in_figures(db, device_id_hash)
         for kind, table in TABLES.items():
-            for seqs in self._device_pages(table, device_id_hash):
+            for seqs in self._pages(f"""
+                    select seq from {table} where seq > ? and device_id_hash = ? order by seq limit ?
+                    """, -1, device_id_hash):
                 while seqs:
                     with self.writing_step() as db:
                         seqs = self._forget_some(db, kind, seqs, deleted)
@@ -4369,8 +4389,6 @@ class Deletion(Apps):
                     expired=False))
             deleted["devices"] = max(deleted["devices"], self._forget_in_figures(db, device_id_hash))
             self._note_windows(db)
-            if +deleted:  # from all waiting messages, because a message does not name its device
-                self._change_waiting_facts(db, _without_reason)
         self._fold_in_wal()
         return +deleted
 
@@ -4393,16 +4411,6 @@ class Deletion(Apps):
                 break
         return seqs
 
-    def _device_pages(self, table: str, device_id_hash: str) -> Iterator[Sequence[Row]]:
-        """The seqs of the reports of a device, in pages: one long read would keep the WAL growing."""
-        page: Sequence[Row] = [(-1,)]
-        while page:
-            with self.reading() as db:
-                page = db.execute(f"""
-                    select seq from {table} where device_id_hash = ? and seq > ? order by seq limit ?
-                    """, (device_id_hash, *page[-1], STEP_ROWS)).fetchall()
-            yield page
-
     def delete_app(self, name: str) -> None:
         """Deletes an app and its keys. From then on its reports are neither listed nor counted, and its name is free;
         its rows are deleted step by step, like expired ones. Raises StoreError if there is no such app."""
@@ -4414,25 +4422,16 @@ class Deletion(Apps):
                 db.execute("delete from " + rows, (app_id,))
             db.executemany("delete from state where name = ?", [(f"early_{app_id}",), (f"worse_{app_id}",)])
             db.execute(SET_STATE, (f"deleted_{app_id}", MAX_NUMBER))
-            self._change_waiting_facts(db, lambda fact: fact if fact.get("app") != name else None)
+            self._drop_waiting_facts(db, name)
 
     @staticmethod
-    def _change_waiting_facts(db: Connection, change: Callable[[JsonObject], JsonObject | None],
-                              before: int = MAX_NUMBER) -> None:
-        """Changes or drops facts in messages that were made before a time, in milliseconds, and are not sent yet. A
-        message that loses all its facts is not sent."""
-        for id, body in db.execute("select id, body from messages where due_at is not null and created_at < ?",
-                                   (before,)).fetchall():
+    def _drop_waiting_facts(db: Connection, app: str) -> None:
+        """Drops the facts of an app from messages that are not sent yet. One that loses all its facts is not sent."""
+        for id, body in db.execute("select id, body from messages where due_at is not null").fetchall():
             message = json.loads(body)
-            message["data"]["facts"] = facts = list(filter(None, map(change, message["data"]["facts"])))
+            message["data"]["facts"] = facts = [fact for fact in message["data"]["facts"] if fact.get("app") != app]
             db.execute("update messages set body = ?, due_at = case when ? > 0 then due_at end where id = ?",
                        (to_json(message), len(facts), id))
-
-
-def _without_reason(fact: JsonObject) -> JsonObject:
-    """A fact of a message without the crash's reason, which is also the end of its text."""
-    kept = {name: value for name, value in fact.items() if name != "reason"}
-    return {**kept, "text": fact["text"].removesuffix(f": {fact['reason']}")} if "reason" in fact else fact
 
 
 # == Stored symbols ============================================================
@@ -4671,7 +4670,6 @@ COMMIT_GATHER_SECONDS = 0.003  # how long it waits, because a commit costs as mu
 MAX_COMMIT_WAIT = 30.0  # seconds to wait for another thread's commit: longer than any lock and sync together
 NEARLY_FULL = 0.9  # share of the disk or of max_db_size above which the operator is warned
 FACT_DAYS = 7  # after which a fact that no channel took is deleted
-PAGE_CHARACTERS = 1_000_000  # characters that end a page of an export or a list: a row may be as large as a body
 
 
 class StoredReport(NamedTuple):
@@ -4826,26 +4824,15 @@ class Store(SymbolStore):
         with self.reading() as db:
             if app is not None:
                 self.find_app(db, app)
-        last, after = self._last_seq(kind), min(max(0, first_seq(since)), MAX_NUMBER) - 1
-        while page := self._export_page(kind, after, last):
-            yield from (stored for stored in page if app in (None, stored.app) and stored.received_at >= since)
-            after = page[-1].seq
-
-    def _export_page(self, kind: type[Any], after: int, last: int) -> list[StoredReport]:
-        """The next reports. They are read in pages because one long read would keep the WAL growing."""
-        page: list[StoredReport] = []
-        size = 0
-        with self.reading() as db, closing(db.execute(f"""
-                select seq, apps.name, is_test, received_at, clock_ahead_ms,
-                    {", ".join("reports." + field for field in kind._fields)}
-                from {TABLES[kind]} as reports cross join apps on apps.id = app_id
-                where seq > ? and seq <= ? order by seq limit ?""", (after, last, STEP_ROWS))) as rows:
-            for seq, name, is_test, received_at, ahead_ms, *values in rows:
-                page.append(StoredReport(seq, name, bool(is_test), received_at, ahead_ms, kind._make(values)))
-                size += sum(len(value) for value in values if type(value) is str)
-                if size > PAGE_CHARACTERS:
-                    break
-        return page
+        pages = self._pages(f"""
+            select seq, apps.name, is_test, received_at, clock_ahead_ms,
+                {", ".join("reports." + field for field in kind._fields)}
+            from {TABLES[kind]} as reports cross join apps on apps.id = app_id
+            where seq > ? and seq <= ? order by seq limit ?
+            """, min(max(0, first_seq(since)), MAX_NUMBER) - 1, self._last_seq(kind))
+        for seq, name, is_test, received_at, ahead_ms, *values in chain.from_iterable(pages):
+            if app in (None, name) and received_at >= since:
+                yield StoredReport(seq, name, bool(is_test), received_at, ahead_ms, kind._make(values))
 
     def import_(self, reports: Sequence[StoredReport]) -> Counter[str]:
         """Stores reports that another store exported, all or none, and creates their apps, without keys. Returns how
@@ -4961,7 +4948,6 @@ class Store(SymbolStore):
         db.execute("delete from facts where at < ?", (self.now - FACT_DAYS * DAY,))
         db.execute("delete from messages where due_at is null and created_at <= ?", (self.now - HOUR,))
         if not deleted:
-            self._change_waiting_facts(db, _without_reason, before=self._first_kept_seq >> SEQ_BITS)
             db.execute(SET_STATE, ("trimmed_day", self.now // DAY))
             for warning in self.warnings():
                 log.warning("%s", warning)
@@ -5049,7 +5035,7 @@ class DeliveryError(StoreError):
         self.is_receiver_down = not 400 <= status < 500 or status in (408, 429)  # else it refuses only this message
 
 
-Message = JsonObject  # id, channel_id, body (JSON) and tries of a message; url and secret of its channel
+Message = JsonObject  # id, channel_id, body (JSON) and tries of a message; url, secret and with_reason of its channel
 PostRequest = tuple[str, bytes, dict[str, str]]  # address, body and headers
 
 
@@ -5273,11 +5259,9 @@ class Alerts:
             "title": title, "facts": facts, "more": more, **({"url": link} if link else {})}})
 
     def _queue(self, db: Connection, channel_id: int, body: str) -> None:
-        """Queues a message. Deletes those that are done and older than an hour."""
         now = self._store.now
         db.execute("insert into messages (id, channel_id, created_at, body, due_at) values (?, ?, ?, ?, ?)",
                    ("msg_" + secrets.token_hex(12), channel_id, now, body, now))
-        db.execute("delete from messages where due_at is null and created_at <= ?", (now - HOUR,))
 
     def _queue_messages(self) -> None:
         """Makes messages of the facts that have waited for a minute, and of the digests that are due. A channel gets no
@@ -5317,10 +5301,8 @@ class Alerts:
         """Makes a message of a channel's facts, unless the oldest is less than a minute old."""
         with self._store.writing() as db:  # waits for other commits, so no fact with a lower id can come later
             rows = dict_rows(db, """
-                select kind, at, name as app, facts.group_hash, detail, exception_reason
-                from facts join apps on apps.id = facts.app_id
-                left join groups on groups.app_id = facts.app_id and groups.group_hash = facts.group_hash
-                where facts.id > :last_fact and (facts.app_id = :app_id or :app_id is null and is_test = 0)
+                select kind, at, name as app, group_hash, detail from facts join apps on apps.id = app_id
+                where facts.id > :last_fact and (app_id = :app_id or :app_id is null and is_test = 0)
                     and instr(',' || :kinds || ',', ',' || kind || ',')
                 order by facts.id""", channel)
             if rows and self._store.now - FACT_DELAY < rows[0]["at"] <= self._store.now:
@@ -5329,20 +5311,18 @@ class Alerts:
                 update channels set last_fact = (select coalesce(max(id), last_fact) from facts)
                 where id = :id and last_fact = :last_fact""", channel).rowcount  # 0 if another process was first
             if rows and is_first:
-                facts = [self._fact_json(row, channel["with_reason"]) for row in rows[:MAX_FACTS]]
+                facts = list(map(self._fact_json, rows[:MAX_FACTS]))
                 counts = Counter(row["kind"].rpartition(".")[2] for row in rows)
                 title = "backfeedr: " + ", ".join(f"{count:,} {word}" for word, count in counts.items())
                 body = self._message_body(rows[0]["kind"], title, facts, len(rows) - len(facts))
                 self._queue(db, channel["id"], body)
             db.execute("delete from facts where id <= (select min(last_fact) from channels where ended_at is null)")
 
-    def _fact_json(self, row: JsonObject, with_reason: bool) -> JsonObject:
+    def _fact_json(self, row: JsonObject) -> JsonObject:
         app, group_hash, detail = row["app"], row["group_hash"], json.loads(row["detail"])
-        reason = _one_line(row["exception_reason"] or "") if with_reason else ""
         page = f"{self._public_url}/crashes/{group_hash}" if group_hash else f"{self._public_url}/releases"
         fact = {"type": row["kind"], "at": iso_time(row["at"]), "app": app, "group_hash": group_hash,
-                **{name: detail.get(name) for name in _FACT_FIELDS}, "reason": reason,
-                "text": ": ".join(filter(None, (_fact_text(row["kind"], app, detail), reason))),
+                **{name: detail.get(name) for name in _FACT_FIELDS}, "text": _fact_text(row["kind"], app, detail),
                 "url": self._public_url and f"{page}?{urlencode({'app': app})}"}
         return {name: value for name, value in fact.items() if value not in (None, "")}
 
@@ -5355,7 +5335,7 @@ class Alerts:
         self._queue_messages()
         with self._store.reading() as db:
             due = dict_rows(db, """
-                select messages.id, channel_id, body, tries, url, secret from messages
+                select messages.id, channel_id, body, tries, url, secret, with_reason from messages
                 join channels on channels.id = channel_id
                 where due_at <= :now and taken_until <= :now
                 order by messages.created_at, messages.id""", {"now": self._store.now})
@@ -5377,6 +5357,8 @@ class Alerts:
                 """, {**message, "now": now, "until": now + CLAIM_TIME}).rowcount
             if is_claimed:  # reads the body again: an app may have been deleted meanwhile, and its facts with it
                 message["body"], = db.execute("select body from messages where id = ?", (message["id"],)).fetchone()
+                if message["with_reason"]:
+                    message["body"] = _with_reasons(db, message["body"])
             return bool(is_claimed)
 
     def _attempt(self, message: Message) -> DeliveryError | None:
@@ -5405,7 +5387,6 @@ class Alerts:
             else:
                 db.execute("update channels set error = null, error_at = null, sent_at = ? where id = ?",
                            (now, channel_id))
-            # The body is deleted after the last try: it may have a reason, which must not outlive its report.
             db.execute("""
                 update messages set due_at = :due, taken_until = :taken,
                     body = case when :due is null then '' else body end
@@ -5439,6 +5420,19 @@ class Alerts:
 def _one_line(text: str) -> str:
     """The first 200 characters of a text, with single spaces and no line breaks."""
     return " ".join(text.split())[:200]
+
+
+def _with_reasons(db: Connection, body: str) -> str:
+    """The body of a message with the reasons of its crashes. They are not stored with it, but looked up for each try:
+    a reason must not outlive its report."""
+    message = json.loads(body)
+    for fact in message["data"]["facts"]:
+        found = db.execute("""
+            select exception_reason from groups join apps on apps.id = app_id where name = ? and group_hash = ?
+            """, (fact.get("app"), fact.get("group_hash"))).fetchone()
+        if found and (reason := _one_line(found[0] or "")):
+            fact.update(reason=reason, text=f"{fact['text']}: {reason}")
+    return to_json(message)
 
 
 def _fact_text(kind: str, app: str, detail: JsonObject) -> str:
@@ -5593,17 +5587,14 @@ def crash_free_rate(crashes: int, sessions: int) -> float:
 # Crashes and events as they were sent, with symbols, and where a page of a list begins.
 
 def _load_reports(db: Connection, table: str, seqs: Sequence[int], max_text: int = PAGE_CHARACTERS) -> list[JsonObject]:
-    """Crashes or events as they were sent, each with its app and the time of its receipt. Stops after a report with
-    which they exceed `max_text` characters."""
-    apps, reports, size, symbols = dict(db.execute("select id, name from apps")), [], 0, Symbols(db)
-    for seq in seqs:
-        row, = dict_rows(db, f"select * from {table} where seq = ?", (seq,))
-        size += sum(len(value) for value in row.values() if type(value) is str)
+    """Crashes or events as they were sent, each with its app and the time of its receipt: the first one, and those that
+    fit with it in `max_text` characters."""
+    apps, reports, symbols = dict(db.execute("select id, name from apps")), [], Symbols(db)
+    rows = (dict_rows(db, f"select * from {table} where seq = ?", (seq,))[0] for seq in seqs)
+    for row in rows_that_fit(rows, max_text, lambda row: text_size(row.values())):
         report = as_sent({"id": row.pop("id"), "app": apps.get(row.pop("app_id")), **row})
         _symbolicate(symbols, report if table == "crashes" else report.get("properties", {}))
         reports.append(report)
-        if size > max_text:
-            break
     return reports
 
 
@@ -5660,15 +5651,15 @@ STORED_GROUP_COUNTS = f"""
     select app_id, group_hash, crashes, devices, last_seen as latest from groups
     where {APP_FILTER} and (crashes > 0 or {_LISTED_WITHOUT_CRASHES})
     union all select app_id, group_hash, 0, 0, 0 from triage where {APP_FILTER} and {_LISTED_WITHOUT_CRASHES}"""
-HAS_VERSION = "(:version is null or substr(app_version, 1, :length) = :version)"
+IS_COUNTED = f"""{RECEIVED_AT} >= :since and (:version is null or substr(app_version, 1, :length) = :version)
+        and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)"""  # the crashes that a list counts
 FILTERED_GROUP_COUNTS = f"""
     select known.app_id, known.group_hash, count(*) as crashes, count(distinct device_id_hash) as devices,
         max({COUNTED_AT}) as latest
     from (select app_id, group_hash from groups where {APP_FILTER} and last_seen >= :since
         and (:candidates is null or instr(:candidates, group_hash))) as known
     cross join crashes on crashes.app_id = known.app_id and crashes.group_hash = known.group_hash
-    where {RECEIVED_AT} >= :since and {HAS_VERSION}
-        and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
+    where {IS_COUNTED}
     group by known.app_id, known.group_hash"""
 
 
@@ -5729,12 +5720,8 @@ class GroupMetrics(PublicMetrics):
                 where {column} < :value or {column} = :value and group_hash > :group
                 order by {column} desc, group_hash
                 limit :limit""", parameters)
-            groups, size = [], 0
-            for row in rows[:limit]:
-                if size > PAGE_CHARACTERS:
-                    break
-                groups.append(self._list_row(db, row, {**parameters, "group": row["group_hash"]}))
-                size += sum(map(len, groups[-1]["versions"]))
+            listed = (self._list_row(db, row, {**parameters, "group": row["group_hash"]}) for row in rows[:limit])
+            groups = list(rows_that_fit(listed, PAGE_CHARACTERS, lambda group: text_size(group["versions"])))
         last = rows[len(groups) - 1] if rows[len(groups):] else None
         return {"groups": groups, "next": last and f"{last[column]}-{last['group_hash']}"}
 
@@ -5753,8 +5740,7 @@ class GroupMetrics(PublicMetrics):
         is_new = (group["came_at"] or 0) >= parameters["week"] if version is None else first == version
         versions = [app_version for app_version, in db.execute(f"""
             select app_version from crashes
-            where {APP_FILTER} and group_hash = :group and {RECEIVED_AT} >= :since and app_version is not null
-                and {HAS_VERSION} and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)
+            where {APP_FILTER} and group_hash = :group and app_version is not null and {IS_COUNTED}
             group by app_version
             order by count(*) desc, app_version
             limit {MAX_VERSIONS}""", parameters)]
@@ -5895,7 +5881,7 @@ class GroupMetrics(PublicMetrics):
     def _days_of_group(self, db: Connection, parameters: JsonObject, shown_days: range) -> JsonObject:
         counts = dict(db.execute(f"""
             select {COUNTED_AT} / {DAY} as day, count(*) from crashes
-            where {APP_FILTER} and group_hash = :group and {RECEIVED_AT} >= :since and {HAS_VERSION}
+            where {APP_FILTER} and group_hash = :group and {IS_COUNTED}
             group by day""", parameters))
         apps = db.execute(f"""
             select name from (select id as app_id, name from apps) as app where {APP_FILTER} and (
@@ -5938,7 +5924,7 @@ def _group_json(group: JsonObject) -> JsonObject:
 
 
 def _version_filter(version: str | None) -> JsonObject:
-    """The parameters of HAS_VERSION. A version that ends with * stands for all that begin like it."""
+    """The version in the parameters of IS_COUNTED. A version that ends with * stands for all that begin like it."""
     if version and version.endswith("*"):
         return {"version": version[:-1], "length": len(version) - 1}
     return {"version": version, "length": MAX_TEXT}
@@ -6335,8 +6321,8 @@ def bar_chart(counts: JsonObject, total: int | None = None) -> str:
 
 SHOWN_FRAMES, SHOWN_TEXT = 200, 20_000  # frames and characters of a report on its page; the API has the rest
 _CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")  # not allowed in HTML and XML
-_MISLEADING_CHARACTERS = re.compile(  # these, and characters that change the direction of text
-    _CONTROL_CHARACTERS.pattern + "|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_MISLEADING_CHARACTERS = re.compile(  # these, and characters that end a line or change the direction of text
+    _CONTROL_CHARACTERS.pattern + "|[\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 Tile = tuple[str, str, str, str]  # name, value, note and chart of a figure
 
 
@@ -8609,8 +8595,7 @@ class _SafeTerminal:
     """A terminal that text from reports cannot control. Characters that move the cursor, start an escape sequence or
     reverse the direction of text are written as in JSON; tabs and line ends stay."""
 
-    CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
-                          "|\r(?!\n)")
+    ESCAPED = re.compile(f"(?!\r\n)(?:{_MISLEADING_CHARACTERS.pattern})")
 
     def __init__(self, terminal: TextIO):
         self._terminal = terminal
@@ -8619,7 +8604,7 @@ class _SafeTerminal:
         return getattr(self._terminal, name)
 
     def write(self, text: str) -> None:
-        self._terminal.write(self.CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
+        self._terminal.write(self.ESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 def _escaped(out: TextIO) -> Any:
