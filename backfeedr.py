@@ -2122,30 +2122,16 @@ def sums_per_day(db: Any, app: int | None, days: range, table: str, *columns: st
     return {column: [rows.get(day, zeros)[n] for day in days] for n, column in enumerate(columns)}
 
 
-class Changes:
-    """What a transaction adds to sums. Figures hold this, and not RollUps, which holds them: a reference cycle would
-    keep the reports of each commit until the garbage collector runs, and make it run often."""
-
-    def __init__(self) -> None:
-        self.by_table: dict[str, dict[str, dict[Row, int]]] = defaultdict(dict)  # by table, column and key
-        self.is_expiry = False  # lasting sums then stay as they are
-
-    def of(self, table: str, column: str) -> dict[Row, int]:
-        """What is to be added to the sums of a column, by the key of its table."""
-        if self.is_expiry and SUMS[table].lasts:
-            return defaultdict(int)  # is ignored
-        return self.by_table[table].setdefault(column, defaultdict(int))
-
-
 class Figure:
-    """One figure in one transaction."""
+    """One figure in one transaction. It holds parts of its RollUps, not the whole: a reference cycle would keep the
+    reports of each commit until the garbage collector runs, and make it run often."""
 
     TABLES = ""  # the statements that make its tables, other than those of sums
     SUMS: Mapping[str, Sums] = {}
     COUNTS: tuple[type, ...] = (Crash,)  # the kinds of reports that count in it
 
     def __init__(self, rollups: RollUps):
-        self._db, self._now, self._sums, self._known = rollups.db, rollups.now, rollups.changes.of, rollups.known
+        self._db, self._now, self._sums, self._known = rollups.db, rollups.now, rollups.changes, rollups.known
 
     def count(self, kind: type, reports: CountedReports, by: int) -> None:
         """Counts reports: `by` is 1 before they are inserted, and -1 after they were deleted. A recount counts stored
@@ -2260,7 +2246,7 @@ class Crashes(Figure):
             "labels": Sums("field day label", "crashes", lasts=False)}
 
     def count(self, kind: type, reports: CountedReports, by: int) -> None:
-        crash_days, labels = self._sums("crash_days", "crashes"), self._sums("labels", "crashes")
+        crash_days, labels = self._sums["crash_days"]["crashes"], self._sums["labels"]["crashes"]
         for crash in reports:
             app_id, day = crash.app_id, crash.day
             crash_days[app_id, day] += by
@@ -2315,7 +2301,7 @@ create table groups (
 
     def count(self, kind: type, reports: CountedReports, by: int) -> None:
         crashes_of = self._inserted if by > 0 else self._deleted
-        group_days, group_images = self._sums("group_days", "crashes"), self._sums("group_images", "crashes")
+        group_days, group_images = self._sums["group_days"]["crashes"], self._sums["group_images"]["crashes"]
         for crash in reports:
             app_id, group = crash.app_id, crash.group_hash
             crashes_of[app_id, group].append(crash)
@@ -2464,7 +2450,7 @@ create view releases as
     def count(self, kind: type, reports: CountedReports, by: int) -> None:
         for crash in reports if kind is Crash else ():
             if crash.app_version:
-                self._sums("release_sums", "crashes")[crash.app_id, crash.app_version] += by
+                self._sums["release_sums"]["crashes"][crash.app_id, crash.app_version] += by
                 self._learn((crash.app_id, crash.app_version, crash.build_number or ""), {crash.received_at}, by)
         for run, times in reports.runs if kind is Event else ():
             if run[0].app_version:
@@ -2652,16 +2638,16 @@ create table medians (                     -- of the durations of a day that is 
         if session.started_at is None:
             return
         day, duration, version, sums = session.started_at // DAY, session.duration, session.app_version, self._sums
-        sums("session_days", "sessions")[app_id, day] += by
+        sums["session_days"]["sessions"][app_id, day] += by
         if version:
-            sums("release_sums", "sessions")[app_id, version] += by
-            sums("release_sums", "crashed_sessions")[app_id, version] += by * session.crashed
-            sums("release_days", "sessions")[app_id, day, version] += by
+            sums["release_sums"]["sessions"][app_id, version] += by
+            sums["release_sums"]["crashed_sessions"][app_id, version] += by * session.crashed
+            sums["release_days"]["sessions"][app_id, day, version] += by
         if duration is not None:
-            sums("session_days", "ended")[app_id, day] += by
-            sums("session_days", "session_ms")[app_id, day] += by * duration
+            sums["session_days"]["ended"][app_id, day] += by
+            sums["session_days"]["session_ms"][app_id, day] += by * duration
             unit = 10 ** max(0, len(str(duration // SECOND)) - 2) * SECOND  # two digits, so that a day has few rows
-            sums("durations", "sessions")[app_id, day, (duration + unit // 2) // unit * unit // SECOND] += by
+            sums["durations"]["sessions"][app_id, day, (duration + unit // 2) // unit * unit // SECOND] += by
             if day < self._now // DAY - 1:
                 self._changed_days.add((app_id, day))
 
@@ -2796,12 +2782,12 @@ create table device_versions (
         self._save_days(devices)
         for (app_id, _), before, after in devices:
             if before is None or before.last_hour != after.last_hour:
-                self._sums("device_hours", "devices")[app_id, after.last_hour] += 1
+                self._sums["device_hours"]["devices"][app_id, after.last_hour] += 1
                 if before:
-                    self._sums("device_hours", "devices")[app_id, before.last_hour] -= 1
+                    self._sums["device_hours"]["devices"][app_id, before.last_hour] -= 1
         for (app_id, column, first, end), count in self._spans.items():  # many devices share a span
             for day in range(first, end):
-                self._sums("active_days", column)[app_id, day] += count
+                self._sums["active_days"][column][app_id, day] += count
         counts: dict[Row, int] = defaultdict(int)
         for (app_id, _, version), before, after in self._versions.save():
             if before != after:
@@ -2846,17 +2832,17 @@ create table device_versions (
             self._spans[app_id, column, max(day, before + span), min(day + span, after)] += by
 
     def _count_cohort(self, app_id: int, first_day: int, days: Sequence[int], by: int) -> None:
-        self._sums("cohorts", "devices")[app_id, first_day] += by
+        self._sums["cohorts"]["devices"][app_id, first_day] += by
         for column, later in self.BACK.items():
             if first_day + later in days:
-                self._sums("cohorts", column)[app_id, first_day] += by
+                self._sums["cohorts"][column][app_id, first_day] += by
 
     def _count_version(self, app_id: int, version: str, seen: SeenVersion, by: int) -> None:
-        self._sums("release_sums", "devices")[app_id, version] += by
-        self._sums("release_hours", "devices")[app_id, version, seen.first_hour] += by
+        self._sums["release_sums"]["devices"][app_id, version] += by
+        self._sums["release_hours"]["devices"][app_id, version, seen.first_hour] += by
         if seen.crash_hour is not None:
-            self._sums("release_sums", "crashed_devices")[app_id, version] += by
-            self._sums("release_hours", "crashed_devices")[app_id, version, seen.crash_hour] += by
+            self._sums["release_sums"]["crashed_devices"][app_id, version] += by
+            self._sums["release_hours"]["crashed_devices"][app_id, version, seen.crash_hour] += by
 
     def forget(self, device_id_hash: str) -> int:
         """Takes a device out of all figures of devices; returns in how many apps it was known."""
@@ -2868,7 +2854,7 @@ create table device_versions (
             key = app_id, device
             days = [day for day, in self._db.execute(
                 "select day from device_days where app_id = ? and device = ? order by day", key)]
-            self._sums("device_hours", "devices")[app_id, last_hour] -= 1
+            self._sums["device_hours"]["devices"][app_id, last_hour] -= 1
             self._count_cohort(app_id, first_day, days, -1)
             for n, day in enumerate(days):
                 self._count_active(app_id, days[n + 1:], day, -1)
@@ -2911,7 +2897,7 @@ class EventNames(Figure):
     KEY = staticmethod(columns_getter(COUNTED[Event], "app_id", "name", "type", "day"))
 
     def count(self, kind: type, reports: CountedReports, by: int) -> None:
-        sums = self._sums("event_names", "events")
+        sums = self._sums["event_names"]["events"]
         for (app_id, name, type, day), events in Counter(map(self.KEY, reports)).items():
             if type not in SESSION_TYPES:
                 sums[app_id, name or "", type, day] += by * events
@@ -3018,6 +3004,9 @@ SCHEMA = REPORT_TABLES + SYMBOL_TABLES + TRIAGE_TABLES + FIGURE_TABLES
 # The primary keys of all tables that have rows of an app, except those of the reports.
 PRIMARY_KEYS = {table: tuple(key.split(", ")) for table, key in re.findall(
     r"create table (\w+) \([^;]*?primary key \((app_id, [^)]*)\)", re.sub("--.*", "", SCHEMA))}
+# The changes that add to the sums of a row.
+ADDITIONS = {table: ", ".join(f"{name} = {table}.{name} + excluded.{name}" for name in sums.columns)
+             for table, sums in SUMS.items()}
 # For tables that keep rows for some time: where the day or hour is in the key, its milliseconds, and how many are kept.
 WINDOWS = {table: (1 + sums.key.index(unit), length, sums.window) for table, sums in SUMS.items()
            for unit, length in (("day", DAY), ("hour", HOUR)) if sums.window and unit in sums.key}
@@ -3029,7 +3018,8 @@ class RollUps:
     def __init__(self, db: Any, now: int, symbols: Symbols | None = None, known: KnownRows | None = None):
         self.db, self.now, self.symbols, self.known = db, now, symbols or Symbols(db), known or KnownRows()
         self.names = NewNames(db, self.known.names)
-        self.changes = Changes()
+        self.changes: dict[str, dict[str, dict[Row, int]]] = defaultdict(  # to sums, by table, column and key
+            partial(defaultdict, partial(defaultdict, int)))
         self.figures: dict[type, Any] = {figure: figure(self) for figure in FIGURES}
 
     def count(self, kind: type, reports: CountedReports, by: int) -> None:
@@ -3039,20 +3029,21 @@ class RollUps:
                 figure.count(kind, reports, by)
 
     def expire(self, kind: type, reports: CountedReports) -> None:
-        """Takes expired reports, which are in the order of their seqs, out of all figures: see Figure.expire."""
-        self.changes.is_expiry = True
+        """Takes expired reports, which are in the order of their seqs, out of all figures: see Figure.expire. Such a
+        transaction counts no other reports."""
         for figure in self.figures.values():
             if kind in figure.COUNTS:
                 figure.expire(kind, reports)
-        self.changes.is_expiry = False
+        for table in [table for table in self.changes if SUMS[table].lasts]:
+            del self.changes[table]
 
     def save(self) -> None:
         """Writes everything that has changed."""
         for figure in self.figures.values():
             figure.save()
-        for table, changes in self.changes.by_table.items():
+        for table, changes in self.changes.items():
             self._save_sums(table, changes)
-        self.changes.by_table.clear()
+        self.changes.clear()
         self.figures[Groups].drop_empty()  # after the sums, because it reads group_days
 
     def _save_sums(self, table: str, changes: dict[str, dict[Row, int]]) -> None:
@@ -3068,7 +3059,7 @@ class RollUps:
         if table in WINDOWS:
             position, first = self._window(table)
             rows = [row for row in rows if row[position] >= first]
-        upsert(self.db, table, rows, _additions(table))
+        upsert(self.db, table, rows, ADDITIONS[table])
         if lowered := [row[:-len(columns)] for row in rows if min(row[-len(columns):]) < 0]:
             delete_rows(self.db, table, lowered, " and ".join(f"{name} <= 0" for name in columns))
 
@@ -3100,12 +3091,6 @@ class RollUps:
             """, (*parameters, STEP_ROWS)).fetchall()
         delete_rows(self.db, table, keys)
         return len(keys)
-
-
-@cache
-def _additions(table: str) -> str:
-    """The changes that add to the sums of a row."""
-    return ", ".join(f"{name} = {table}.{name} + excluded.{name}" for name in SUMS[table].columns)
 
 
 # == Triage ====================================================================
@@ -4194,7 +4179,7 @@ class Commit:
                 crashes += new
         write_rows(self._db, "insert into replays values *", self._replays)
         for (app_id, key), uses in self._key_uses.items():
-            rollups.changes.of("key_days", "requests")[app_id, self._now // DAY, key_name(key)] += uses
+            rollups.changes["key_days"]["requests"][app_id, self._now // DAY, key_name(key)] += uses
         rollups.save()
         if crashes:
             update_triage(self._db, self._now, rollups, crashes)
