@@ -634,8 +634,8 @@ def _string(value: Any) -> str:
 
 def _integer(value: Any) -> int | None:
     """A number that is not negative, also from text such as 0x1a2b. None for anything else."""
-    if type(value) is str and re.fullmatch("0x[0-9a-fA-F]{1,16}|[0-9]{1,18}", value):
-        return int(value, 16 if value.startswith("0x") else 10)
+    if type(value) is str and re.fullmatch("0[xX][0-9a-fA-F]{1,16}|[0-9]{1,19}", value):
+        return int(value, 16 if value.lower().startswith("0x") else 10)
     return value if type(value) is int and 0 <= value < 1 << 64 else None
 
 
@@ -1148,7 +1148,7 @@ def _limit_length(value: Any, spare_frames: int = 0) -> Any:
 UNKNOWN_FORMAT = "unknown report format"
 _APPLE_TIME = re.compile(r"([0-9-]{10})[ T]([0-9:]{8})(?:(\.[0-9]{1,9})[0-9]*)? ?(Z|[+-][0-9]{2}:?[0-9]{2})?")
 _OS_VERSION = re.compile(r"(?:[A-Za-z]+ ){0,4}([0-9]+(?:\.[0-9]+)*)(?: \([\w ]{1,30}\))*")
-_KILL_CODE = re.compile(r"(?:\bcode[: ] ?|^[A-Z]{1,40} )(?:0x([0-9a-f]{1,16})|([0-9]{1,19}))\b", re.I)
+_KILL_CODE = re.compile(r"(?:\bcode[: ] ?|^[A-Z]{1,40} )(0x[0-9a-f]{1,16}|[0-9]{1,19})\b", re.I)
 # parse_crash or parse_event, and its input, whose `occurred_at` may be None.
 Diagnostic = tuple[Callable[[JsonObject, int], Union[Crash, Event]], JsonObject]
 
@@ -1204,10 +1204,8 @@ def _exception_type(name: str, kill_code: str, mach: str, signal: str) -> str:
 def _kill_code(*values: Any) -> str:
     """The code with which the system ended the app, such as 0x8badf00d: one of these numbers, or a number in one of
     these texts; or "". Numbers up to 0xFFFF are signals; those above 32 bits differ from crash to crash."""
-    numbers = [value for value in values if type(value) is int]
-    numbers += [int(hexadecimal or decimal, 16 if hexadecimal else 10) for value in values if type(value) is str
-                for hexadecimal, decimal in _KILL_CODE.findall(value)]
-    return next((f"{number:#x}" for number in numbers if 0xFFFF < number <= 0xFFFFFFFF), "")
+    codes = [code for value in values for code in (_KILL_CODE.findall(value) if type(value) is str else [value])]
+    return next((f"{number:#x}" for number in map(_integer, codes) if number and 0xFFFF < number <= 0xFFFFFFFF), "")
 
 
 def _api_frame(number: int, binary: str, uuid: str, offset: int | None, is_own: bool | None,
@@ -1437,7 +1435,7 @@ def _ips_trace(body: JsonObject) -> list[JsonObject]:
 
 _CRASH_HEADER = re.compile(r"^([A-Z][\w /]{1,40}):(.*)", re.M)
 _CRASH_TYPE = re.compile(r"(\w+)(?: \((\w+))?")
-_TERMINATION = re.compile(r"(?:Namespace )?(\w+),? (?:Code )?(?:0x([0-9a-f]{1,16})|([0-9]{1,19}))\b[, ]*(.*)", re.I)
+_TERMINATION = re.compile(r"(?:Namespace )?(\w+),? (?:Code )?(0x[0-9a-f]{1,16}|[0-9]{1,19})\b[, ]*(.*)", re.I)
 _CRASH_THREAD = re.compile(r"^(?:Last Exception Backtrace:|Thread [0-9]{1,9} Crashed:).*\n", re.M)
 _CRASH_FRAME = re.compile(r"^[0-9]{1,9}[ \t](.*?)0x([0-9a-f]{1,16})\b(.*)", re.M | re.I)
 _CRASH_SYMBOL = re.compile(  # Cart.total() + 112 (Cart.swift:12), or Cart.total() (in Shop) (Cart.swift:12) + 112
@@ -1459,12 +1457,12 @@ def _crash_text_as_ips(text: str) -> JsonObject:
     if re.match(r"iPhone OS ([0-9]|1[0-4])\b", header["OS Version"]):  # wrote the build first
         version, build = build, version
     context = re.search("^<RBSTerminateContext.*", text, re.M)
-    code = termination and int(termination[2] or termination[3], 16 if termination[2] else 10)
     return {
         "exception": {"type": types and types[1], "signal": types and types[2], "codes": header["Exception Codes"],
                       "subtype": header["Exception Subtype"] or re.sub("^[^A-Z].*", "", header["Exception Codes"])},
-        "termination": {"details": [header["Termination Description"] or (context and context[0])], "code": code,
-                        "namespace": termination and termination[1], "indicator": termination and termination[4]},
+        "termination": {"details": [header["Termination Description"] or (context and context[0])],
+                        "namespace": termination and termination[1], "code": termination and _integer(termination[2]),
+                        "indicator": termination and termination[3]},
         "asi": {"": [_paragraph_after(re.search("^Application Specific Information:.*\n", text, re.M))]},
         "bundleInfo": {"CFBundleShortVersionString": version.strip(), "CFBundleVersion": build.strip(),
                        "CFBundleIdentifier": header["Identifier"]},
