@@ -2051,21 +2051,15 @@ class CountedReports(list[Any]):
     """Reports as the figures see them, in the order of their seqs."""
 
     @cached_property
-    def runs(self) -> list[Run]:
-        """The same in runs: most batches are of one session."""
+    def runs(self) -> list[tuple[list[Any], list[tuple[int, int]]]]:
+        """The same in runs: reports of one app, device, session and version that follow each other, as in most batches.
+        Each with its distinct pairs of `at` and `received_at`, ascending."""
         runs = []
         for _, grouped in groupby(self, _RUN):
             reports = list(grouped)
             times = sorted(set(map(_TIMES, reports))) if len(reports) > 1 else [_TIMES(reports[0])]
-            runs.append(Run(reports, times))
+            runs.append((reports, times))
         return runs
-
-
-class Run(NamedTuple):
-    """Reports of one app, device, session and version that follow each other."""
-
-    reports: Sequence[Any]
-    times: Sequence[tuple[int, int]]  # distinct pairs of `at` and `received_at`, ascending
 
 
 def counted_rows(db: Any, kind: type, source: str, keys: Sequence[Row]) -> CountedReports:
