@@ -1250,26 +1250,32 @@ def _decode_nested(text: str) -> Any:
         return _DECODER.decode(text)
     unused = deque[Any]()  # the lists for the next NaNs. One decoder: a new one for each list takes a third longer
     decoder = _make_decoder(parse_constant=lambda word: unused.popleft() if word == "NaN" else _parse_finite(word))
-    pieces, lists = list[str](), list[Any]()  # of the text that is being read, and the lists that NaN stands for in it
-    enclosing: list[tuple[list[str], list[Any]]] = []  # the same for each text around it
+    pieces, lists = [list[str]()], [list[Any]()]  # of each open text, and the lists that NaN stands for in it
     open_brackets, position = list[bool](), 0  # whether each open "[" is of `subFrames`; where the next piece begins
+
+    def decode(end: int) -> Any:
+        """The value of the innermost open text, which ends there."""
+        unused.extend(lists.pop())
+        try:
+            return decoder.decode(not_deep("".join([*pieces.pop(), text[position:end]])))
+        except json.JSONDecodeError as error:  # its position is not that in the body
+            raise ValueError(f"{error.msg} in a deep call stack") from None
+
     for token in _NESTING.finditer(text.replace("\\\\", "  ").replace('\\"', "  ")):  # the other escapes do no harm
         if token[0] == "NaN":
             raise ValueError("a number is out of range")
         if token[0].endswith("["):
             open_brackets.append(token[0] != "[")
             if open_brackets[-1]:
-                pieces.append(text[position:token.end() - 1] + "NaN")
-                enclosing.append((pieces, lists))
-                pieces, lists, position = [], [], token.end() - 1
+                pieces[-1].append(text[position:token.end() - 1] + "NaN")
+                pieces.append([])
+                lists.append([])
+                position = token.end() - 1
         elif token[0] == "]" and open_brackets and open_brackets.pop():
-            unused.extend(lists)
-            frames = _decode_piece(decoder, "".join([*pieces, text[position:token.end()]]))
-            pieces, lists = enclosing.pop()
-            lists.append(_heaviest_path(frames))
+            path = _heaviest_path(decode(token.end()))
+            lists[-1].append(path)
             position = token.end()
-    unused.extend(lists)
-    return _decode_piece(decoder, "".join([*pieces, text[position:]]))
+    return decode(len(text))
 
 
 def _heaviest_path(frames: Any) -> deque[JsonObject]:
@@ -1283,13 +1289,6 @@ def _heaviest_path(frames: Any) -> deque[JsonObject]:
             path = frames
     path.extendleft(reversed(steps))
     return path
-
-
-def _decode_piece(decoder: json.JSONDecoder, text: str) -> Any:
-    try:
-        return decoder.decode(not_deep(text))
-    except json.JSONDecodeError as error:  # its position is not that in the body
-        raise ValueError(f"{error.msg} in a deep call stack") from None
 
 
 def _metrickit_diagnostics(payload: JsonObject) -> Iterator[Diagnostic]:
