@@ -2779,14 +2779,10 @@ create table device_versions (
         for (app_id, column, first, end), count in self._spans.items():  # many devices share a span
             for day in range(first, end):
                 self._sums["active_days"][column][app_id, day] += count
-        counts: dict[Row, int] = defaultdict(int)
         for (app_id, _, version), before, after in self._versions.save():
-            if before != after:
-                counts[app_id, version, after] += 1
-                counts[app_id, version, before] -= 1
-        for (app_id, version, seen), count in counts.items():
-            if seen:
-                self._count_version(app_id, version, seen, count)
+            for seen, by in ((before, -1), (after, 1)) if before != after else ():
+                if seen:
+                    self._count_version(app_id, version, seen, by)
 
     def _save_days(self, devices: Sequence[tuple[Row, SeenDevice | None, SeenDevice]]) -> None:
         """Saves days on which devices were not seen before. Mostly last_hour shows that there are none."""
