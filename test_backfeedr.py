@@ -539,14 +539,12 @@ def test_an_invalid_python_value_is_refused_by_name(name, value, problem):
     assert Settings(auth_token="x" * 16, max_db_size=500_000).auth_token
 
 
-KUBERNETES = {"PORT": "tcp://10.0.0.1:8080", "SERVICE_HOST": "10.0.0.1", "SERVICE_PORT": "8080",
-              "SERVICE_PORT_HTTP": "80", "PORT_8080_TCP": "tcp://10.0.0.1:8080", "PORT_8080_TCP_PROTO": "tcp",
-              "PORT_8080_TCP_PORT": "8080", "DB_SERVICE_HOST": "10.0.0.2", "POSTGRES_PORT": "tcp://10.0.0.2:5432",
-              "PORT_8080_TCP_ADDR": "10.0.0.1"}
-
-
 def test_variables_that_kubernetes_sets_for_a_service_are_ignored_with_one_warning(caplog):
-    environ = {"BACKFEEDR_" + name: value for name, value in KUBERNETES.items()}
+    environ = {"BACKFEEDR_" + name: value for name, value in {
+        "PORT": "tcp://10.0.0.1:8080", "SERVICE_HOST": "10.0.0.1", "SERVICE_PORT": "8080", "SERVICE_PORT_HTTP": "80",
+        "PORT_8080_TCP": "tcp://10.0.0.1:8080", "PORT_8080_TCP_PROTO": "tcp", "PORT_8080_TCP_PORT": "8080",
+        "PORT_8080_TCP_ADDR": "10.0.0.1", "DB_SERVICE_HOST": "10.0.0.2",
+        "POSTGRES_PORT": "tcp://10.0.0.2:5432"}.items()}
     assert Settings.from_env({**environ, "BACKFEEDR_HOST": "0.0.0.0"}) == Settings(host="0.0.0.0")
     assert [record.message for record in caplog.records] == [
         f"ignored {', '.join(sorted(environ))}, set by Kubernetes for a service"]
@@ -1027,9 +1025,6 @@ def test_parts_of_a_report_that_have_no_room_become_empty_text(room):
         assert len(backfeedr.to_json(part).encode()) <= max(2, room) and (room > 2 or part in ("", value))
 
 
-WIDE_OR_DEEP = ["[]", '{"":[1.5]}', '{"a":' * 63 + "1" + "}" * 63, "[" * 70 + "]" * 70]
-
-
 def test_parsing_takes_few_passes_over_a_body_of_any_shape(monkeypatch):
     """Walking through half a million lists a dozen times takes many seconds."""
     monkeypatch.setattr(backfeedr, "MAX_REPORT_SIZE", 25_600)
@@ -1042,7 +1037,8 @@ def test_parsing_takes_few_passes_over_a_body_of_any_shape(monkeypatch):
             ("a frame", lambda many: {**CRASH, "stack_trace": [{"x": many}]}, parse_crash),
             ("frames", lambda many: {**CRASH, "stack_trace": [{"symbol": value} for value in many]}, parse_crash),
             ("an event", lambda many: {"events": [{**EVENT, "properties": {"x": many}}]}, backfeedr.parse_batch),
-            ("a batch", lambda many: {"events": [{**EVENT}], "x": many}, backfeedr.parse_batch)], WIDE_OR_DEEP):
+            ("a batch", lambda many: {"events": [{**EVENT}], "x": many}, backfeedr.parse_batch)],
+            ["[]", '{"":[1.5]}', '{"a":' * 63 + "1" + "}" * 63, "[" * 70 + "]" * 70]):  # wide or deep
         given = wrap([json.loads(part)] * (60_000 // len(part)))
         encoded.clear(), calls.clear()
         before = sys.getprofile()
@@ -1453,10 +1449,6 @@ def test_the_os_version_is_the_number_alone(sent, expected):
     assert only(payload_of(meta={"osVersion": sent}))["os_version"] == expected
 
 
-def test_of_two_equal_headers_of_a_crash_text_the_first_counts():
-    assert only(crash_text(("Triggered", "Version: 9.9 (9)\n\nTriggered")))["app_version"] == "1.2.0"
-
-
 @pytest.mark.parametrize("system, head, release", [
     ("iPhone OS 26.1 (23B85)", "", ("1.2.0", "47")), ("macOS 12.1 (21C52)", "", ("1.2.0", "47")),
     ("iPhone OS 15.0", "", ("1.2.0", "47")), ("iPhone OS 14.4 (18D52)", "", ("47", "1.2.0")),
@@ -1593,6 +1585,7 @@ def test_the_backtrace_of_an_exception_takes_precedence_over_that_of_the_thread(
     ips_of().replace(b"\n", b""),  # as `curl -d` sends it
     json.dumps({**IPS_HEAD, "bug_type": "109"}).encode() + b"\n" + crash_text(),
     crash_text().replace(b"\n", b"\r\n"), crash_text() + b"\x00",
+    crash_text(("Triggered", "Version: 9.9 (9)\n\nTriggered")),  # of two equal headers, the first counts
     b"----\nTranslated Report (Full Report Below)\n----\n" + crash_text() + ips_of()[:-50]])
 def test_a_file_is_read_whatever_is_around_its_body(body):
     assert only(body)["stack_trace"][1] == FLAT[1] and only(body)["app_version"] == "1.2.0"
@@ -1628,8 +1621,7 @@ UNREADABLE = [
     ({"crashDiagnostics": [{}] * 60, "hangDiagnostics": [{}] * 41}, "too many diagnostics: at most 100", "")]
 
 
-def test_a_hundred_diagnostics_are_accepted_and_stored_in_little_more_than_was_sent():
-    assert len(diagnosed({"crashDiagnostics": [{}] * 60, "hangDiagnostics": [{}] * 40})) == 100
+def test_a_hundred_diagnostics_are_stored_in_little_more_than_was_sent():
     for length, count in ((1000, 100), (100_000, 1)):  # their common environment is copied only if it is small
         body = {"environment": {"x": "y" * length, "applicationVersion": "1"}, "crashDiagnostic": [{}] * 100}
         assert [len(report["extra"]["x"]) for report in diagnosed(body) if "extra" in report] == [length] * count
@@ -1899,14 +1891,14 @@ def frame_of(uuid, offset=16_400, **fields):
     return {"binary": "Shop", "uuid": uuid, "offset": offset, "in_app": True, **fields}
 
 
-TOTAL, ADD = ("total", "Cart.swift", 12), ("add", "", 0)
-EXPECTED_FUNCTIONS = {  # by offsets
-    (0, 999): [], (1000, 1007): [TOTAL], (1008, 1019): [("add", "Cart.swift", 7), ADD, TOTAL], (1020, 1039): [],
-    (1040, 1999): [ADD, TOTAL], (2000, 2001, 1 << 40, 1 << 63): [("later", "", 3)]}
+TOTAL = ("total", "Cart.swift", 12)
 
 
 def test_a_lookup_gives_the_functions_at_an_offset_innermost_first(api):
-    expected = {offset: functions for offsets, functions in EXPECTED_FUNCTIONS.items() for offset in offsets}
+    add = ("add", "", 0)
+    expected = {offset: functions for offsets, functions in {
+        (0, 999): [], (1000, 1007): [TOTAL], (1008, 1019): [("add", "Cart.swift", 7), add, TOTAL], (1020, 1039): [],
+        (1040, 1999): [add, TOTAL], (2000, 2001, 1 << 40, 1 << 63): [("later", "", 3)]}.items() for offset in offsets}
     for part in reversed(BOTH_PARTS):
         assert not any(functions_at(api.server, offset) for offset in expected), "the upload is not complete"
         assert upload(api.server, part)[0] == 201
