@@ -2153,7 +2153,7 @@ class MergedRows:
         unknown = [key for key in keys if key not in self._known]  # not `keys - ...`, which goes through all of them
         if unknown:
             width, make = len(PRIMARY_KEYS[self._table]), self._kind._make
-            for row in rows_of(self._db, _by_key_query(self._table), unknown):
+            for row in rows_of(self._db, QUERIES_BY_KEY[self._table], unknown):
                 self._known[row[:width]] = make(row[width:])
         return self._known
 
@@ -2171,13 +2171,6 @@ class MergedRows:
                 self._known[key] = after
         upsert(self._db, self._table, changed, _replacements(self._kind._fields))
         return rows
-
-
-@cache
-def _by_key_query(table: str) -> str:
-    """The query for the rows of a table with given keys."""
-    condition = " and ".join(f"{name} = column{n}" for n, name in enumerate(PRIMARY_KEYS[table], 1))
-    return f"select {table}.* from (values *) as keys cross join {table} on {condition}"
 
 
 def upsert(db: Any, table: str, rows: Sequence[Row], changes: str) -> None:
@@ -2488,7 +2481,7 @@ class SeenReleases:
         of_release = self._sessions(days, "release_days", "app_id, app_version")
         of_app = self._sessions(days, "session_days", "app_id")
         sums = {row[:2]: row[2:] for row in rows_of(
-            self._db, _by_key_query("release_sums"), [release[:2] for release in latest])}
+            self._db, QUERIES_BY_KEY["release_sums"], [release[:2] for release in latest])}
         return [{"app_id": app_id, "app": names[app_id], "app_version": version, "first_seen": first_seen,
                  "last_seen": last_seen, **dict(zip(columns, sums.get((app_id, version), repeat(0)))),
                  "recent_sessions": of_release.get((app_id, version), 0), "app_sessions": of_app.get((app_id,), 0)}
@@ -2991,6 +2984,9 @@ SCHEMA = REPORT_TABLES + SYMBOL_TABLES + TRIAGE_TABLES + FIGURE_TABLES
 # The primary keys of all tables that have rows of an app, except those of the reports.
 PRIMARY_KEYS = {table: tuple(key.split(", ")) for table, key in re.findall(
     r"create table (\w+) \([^;]*?primary key \((app_id, [^)]*)\)", re.sub("--.*", "", SCHEMA))}
+# The queries for the rows with given keys.
+QUERIES_BY_KEY = {table: f"select {table}.* from (values *) as keys cross join {table} on " + " and ".join(
+    f"{name} = column{n}" for n, name in enumerate(key, 1)) for table, key in PRIMARY_KEYS.items()}
 # The changes that add to the sums of a row.
 ADDITIONS = {table: ", ".join(f"{name} = {table}.{name} + excluded.{name}" for name in sums.columns)
              for table, sums in SUMS.items()}
