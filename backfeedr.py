@@ -638,8 +638,8 @@ def _string(value: Any) -> str:
 
 def _integer(value: Any) -> int | None:
     """A number that is not negative, also from text such as 0x1a2b. None for anything else."""
-    if type(value) is str and re.fullmatch("0x[0-9a-fA-F]{1,16}|[0-9]{1,18}", value):
-        return int(value, 16 if value.startswith("0x") else 10)
+    if type(value) is str and re.fullmatch("0[xX][0-9a-fA-F]{1,16}|[0-9]{1,19}", value):
+        return int(value, 16 if value.lower().startswith("0x") else 10)
     return value if type(value) is int and 0 <= value < 1 << 64 else None
 
 
@@ -1157,7 +1157,7 @@ def _limit_length(value: Any, spare_frames: int = 0) -> Any:
 UNKNOWN_FORMAT = "unknown report format"
 _APPLE_TIME = re.compile(r"([0-9-]{10})[ T]([0-9:]{8})(?:(\.[0-9]{1,9})[0-9]*)? ?(Z|[+-][0-9]{2}:?[0-9]{2})?")
 _OS_VERSION = re.compile(r"(?:[A-Za-z]+ ){0,4}([0-9]+(?:\.[0-9]+)*)(?: \([\w ]{1,30}\))*")
-_KILL_CODE = re.compile(r"(?:\bcode[: ] ?|^[A-Z]{1,40} )(?:0x([0-9a-f]{1,16})|([0-9]{1,19}))\b", re.I)
+_KILL_CODE = re.compile(r"(?:\bcode[: ] ?|^[A-Z]{1,40} )(0x[0-9a-f]{1,16}|[0-9]{1,19})\b", re.I)
 # parse_crash or parse_event, and its input, whose `occurred_at` may be None.
 Diagnostic = tuple[Callable[[JsonObject, int], Union[Crash, Event]], JsonObject]
 
@@ -1213,10 +1213,8 @@ def _exception_type(name: str, kill_code: str, mach: str, signal: str) -> str:
 def _kill_code(*values: Any) -> str:
     """The code with which the system ended the app, such as 0x8badf00d: one of these numbers, or a number in one of
     these texts; or "". Numbers up to 0xFFFF are signals; those above 32 bits differ from crash to crash."""
-    numbers = [value for value in values if type(value) is int]
-    numbers += [int(hexadecimal or decimal, 16 if hexadecimal else 10) for value in values if type(value) is str
-                for hexadecimal, decimal in _KILL_CODE.findall(value)]
-    return next((f"{number:#x}" for number in numbers if 0xFFFF < number <= 0xFFFFFFFF), "")
+    codes = [code for value in values for code in (_KILL_CODE.findall(value) if type(value) is str else [value])]
+    return next((f"{number:#x}" for number in map(_integer, codes) if number and 0xFFFF < number <= 0xFFFFFFFF), "")
 
 
 def _api_frame(number: int, binary: str, uuid: str, offset: int | None, is_own: bool | None,
@@ -1261,26 +1259,32 @@ def _decode_nested(text: str) -> Any:
         return _DECODER.decode(text)
     unused = deque[Any]()  # the lists for the next NaNs. One decoder: a new one for each list takes a third longer
     decoder = _make_decoder(parse_constant=lambda word: unused.popleft() if word == "NaN" else _parse_finite(word))
-    pieces, lists = list[str](), list[Any]()  # of the text that is being read, and the lists that NaN stands for in it
-    enclosing: list[tuple[list[str], list[Any]]] = []  # the same for each text around it
+    pieces, lists = [list[str]()], [list[Any]()]  # of each open text, and the lists that NaN stands for in it
     open_brackets, position = list[bool](), 0  # whether each open "[" is of `subFrames`; where the next piece begins
+
+    def decode(end: int) -> Any:
+        """The value of the innermost open text, which ends there."""
+        unused.extend(lists.pop())
+        try:
+            return decoder.decode(not_deep("".join([*pieces.pop(), text[position:end]])))
+        except json.JSONDecodeError as error:  # its position is not that in the body
+            raise ValueError(f"{error.msg} in a deep call stack") from None
+
     for token in _NESTING.finditer(text.replace("\\\\", "  ").replace('\\"', "  ")):  # the other escapes do no harm
         if token[0] == "NaN":
             raise ValueError("a number is out of range")
         if token[0].endswith("["):
             open_brackets.append(token[0] != "[")
             if open_brackets[-1]:
-                pieces.append(text[position:token.end() - 1] + "NaN")
-                enclosing.append((pieces, lists))
-                pieces, lists, position = [], [], token.end() - 1
+                pieces[-1].append(text[position:token.end() - 1] + "NaN")
+                pieces.append([])
+                lists.append([])
+                position = token.end() - 1
         elif token[0] == "]" and open_brackets and open_brackets.pop():
-            unused.extend(lists)
-            frames = _decode_piece(decoder, "".join([*pieces, text[position:token.end()]]))
-            pieces, lists = enclosing.pop()
-            lists.append(_heaviest_path(frames))
+            path = _heaviest_path(decode(token.end()))
+            lists[-1].append(path)
             position = token.end()
-    unused.extend(lists)
-    return _decode_piece(decoder, "".join([*pieces, text[position:]]))
+    return decode(len(text))
 
 
 def _heaviest_path(frames: Any) -> deque[JsonObject]:
@@ -1294,13 +1298,6 @@ def _heaviest_path(frames: Any) -> deque[JsonObject]:
             path = frames
     path.extendleft(reversed(steps))
     return path
-
-
-def _decode_piece(decoder: json.JSONDecoder, text: str) -> Any:
-    try:
-        return decoder.decode(not_deep(text))
-    except json.JSONDecodeError as error:  # its position is not that in the body
-        raise ValueError(f"{error.msg} in a deep call stack") from None
 
 
 def _metrickit_diagnostics(payload: JsonObject) -> Iterator[Diagnostic]:
@@ -1446,7 +1443,7 @@ def _ips_trace(body: JsonObject) -> list[JsonObject]:
 
 _CRASH_HEADER = re.compile(r"^([A-Z][\w /]{1,40}):(.*)", re.M)
 _CRASH_TYPE = re.compile(r"(\w+)(?: \((\w+))?")
-_TERMINATION = re.compile(r"(?:Namespace )?(\w+),? (?:Code )?(?:0x([0-9a-f]{1,16})|([0-9]{1,19}))\b[, ]*(.*)", re.I)
+_TERMINATION = re.compile(r"(?:Namespace )?(\w+),? (?:Code )?(0x[0-9a-f]{1,16}|[0-9]{1,19})\b[, ]*(.*)", re.I)
 _CRASH_THREAD = re.compile(r"^(?:Last Exception Backtrace:|Thread [0-9]{1,9} Crashed:).*\n", re.M)
 _CRASH_FRAME = re.compile(r"^[0-9]{1,9}[ \t](.*?)0x([0-9a-f]{1,16})\b(.*)", re.M | re.I)
 _CRASH_SYMBOL = re.compile(  # Cart.total() + 112 (Cart.swift:12), or Cart.total() (in Shop) (Cart.swift:12) + 112
@@ -1468,12 +1465,12 @@ def _crash_text_as_ips(text: str) -> JsonObject:
     if re.match(r"iPhone OS ([0-9]|1[0-4])\b", header["OS Version"]):  # wrote the build first
         version, build = build, version
     context = re.search("^<RBSTerminateContext.*", text, re.M)
-    code = termination and int(termination[2] or termination[3], 16 if termination[2] else 10)
     return {
         "exception": {"type": types and types[1], "signal": types and types[2], "codes": header["Exception Codes"],
                       "subtype": header["Exception Subtype"] or re.sub("^[^A-Z].*", "", header["Exception Codes"])},
-        "termination": {"details": [header["Termination Description"] or (context and context[0])], "code": code,
-                        "namespace": termination and termination[1], "indicator": termination and termination[4]},
+        "termination": {"details": [header["Termination Description"] or (context and context[0])],
+                        "namespace": termination and termination[1], "code": termination and _integer(termination[2]),
+                        "indicator": termination and termination[3]},
         "asi": {"": [_paragraph_after(re.search("^Application Specific Information:.*\n", text, re.M))]},
         "bundleInfo": {"CFBundleShortVersionString": version.strip(), "CFBundleVersion": build.strip(),
                        "CFBundleIdentifier": header["Identifier"]},
@@ -2073,21 +2070,15 @@ class CountedReports(list[Any]):
     """Reports as the figures see them, in the order of their seqs."""
 
     @cached_property
-    def runs(self) -> list[Run]:
-        """The same in runs: most batches are of one session."""
+    def runs(self) -> list[tuple[list[Any], list[tuple[int, int]]]]:
+        """The same in runs: reports of one app, device, session and version that follow each other, as in most batches.
+        Each with its distinct pairs of `at` and `received_at`, ascending."""
         runs = []
         for _, grouped in groupby(self, _RUN):
             reports = list(grouped)
             times = sorted(set(map(_TIMES, reports))) if len(reports) > 1 else [_TIMES(reports[0])]
-            runs.append(Run(reports, times))
+            runs.append((reports, times))
         return runs
-
-
-class Run(NamedTuple):
-    """Reports of one app, device, session and version that follow each other."""
-
-    reports: Sequence[Any]
-    times: Sequence[tuple[int, int]]  # distinct pairs of `at` and `received_at`, ascending
 
 
 def counted_rows(db: Any, kind: type, source: str, keys: Sequence[Row]) -> CountedReports:
@@ -2142,30 +2133,16 @@ def sums_per_day(db: Any, app: int | None, days: range, table: str, *columns: st
     return {column: [rows.get(day, zeros)[n] for day in days] for n, column in enumerate(columns)}
 
 
-class Changes:
-    """What a transaction adds to sums. Figures hold this, and not RollUps, which holds them: a reference cycle would
-    keep the reports of each commit until the garbage collector runs, and make it run often."""
-
-    def __init__(self) -> None:
-        self.by_table: dict[str, dict[str, dict[Row, int]]] = defaultdict(dict)  # by table, column and key
-        self.is_expiry = False  # lasting sums then stay as they are
-
-    def of(self, table: str, column: str) -> dict[Row, int]:
-        """What is to be added to the sums of a column, by the key of its table."""
-        if self.is_expiry and SUMS[table].lasts:
-            return defaultdict(int)  # is ignored
-        return self.by_table[table].setdefault(column, defaultdict(int))
-
-
 class Figure:
-    """One figure in one transaction."""
+    """One figure in one transaction. It holds parts of its RollUps, not the whole: a reference cycle would keep the
+    reports of each commit until the garbage collector runs, and make it run often."""
 
     TABLES = ""  # the statements that make its tables, other than those of sums
     SUMS: Mapping[str, Sums] = {}
     COUNTS: tuple[type, ...] = (Crash,)  # the kinds of reports that count in it
 
     def __init__(self, rollups: RollUps):
-        self._db, self._now, self._sums, self._known = rollups.db, rollups.now, rollups.changes.of, rollups.known
+        self._db, self._now, self._sums, self._known = rollups.db, rollups.now, rollups.changes, rollups.known
 
     def count(self, kind: type, reports: CountedReports, by: int) -> None:
         """Counts reports: `by` is 1 before they are inserted, and -1 after they were deleted. A recount counts stored
@@ -2196,7 +2173,7 @@ class MergedRows:
         unknown = [key for key in keys if key not in self._known]  # not `keys - ...`, which goes through all of them
         if unknown:
             width, make = len(PRIMARY_KEYS[self._table]), self._kind._make
-            for row in rows_of(self._db, _by_key_query(self._table), unknown):
+            for row in rows_of(self._db, QUERIES_BY_KEY[self._table], unknown):
                 self._known[row[:width]] = make(row[width:])
         return self._known
 
@@ -2214,13 +2191,6 @@ class MergedRows:
                 self._known[key] = after
         upsert(self._db, self._table, changed, _replacements(self._kind._fields))
         return rows
-
-
-@cache
-def _by_key_query(table: str) -> str:
-    """The query for the rows of a table with given keys."""
-    condition = " and ".join(f"{name} = column{n}" for n, name in enumerate(PRIMARY_KEYS[table], 1))
-    return f"select {table}.* from (values *) as keys cross join {table} on {condition}"
 
 
 def upsert(db: Any, table: str, rows: Sequence[Row], changes: str) -> None:
@@ -2286,7 +2256,7 @@ class Crashes(Figure):
             "labels": Sums("field day label", "crashes", lasts=False)}
 
     def count(self, kind: type, reports: CountedReports, by: int) -> None:
-        crash_days, labels = self._sums("crash_days", "crashes"), self._sums("labels", "crashes")
+        crash_days, labels = self._sums["crash_days"]["crashes"], self._sums["labels"]["crashes"]
         for crash in reports:
             app_id, day = crash.app_id, crash.day
             crash_days[app_id, day] += by
@@ -2341,7 +2311,7 @@ create table groups (
 
     def count(self, kind: type, reports: CountedReports, by: int) -> None:
         crashes_of = self._inserted if by > 0 else self._deleted
-        group_days, group_images = self._sums("group_days", "crashes"), self._sums("group_images", "crashes")
+        group_days, group_images = self._sums["group_days"]["crashes"], self._sums["group_images"]["crashes"]
         for crash in reports:
             app_id, group = crash.app_id, crash.group_hash
             crashes_of[app_id, group].append(crash)
@@ -2490,7 +2460,7 @@ create view releases as
     def count(self, kind: type, reports: CountedReports, by: int) -> None:
         for crash in reports if kind is Crash else ():
             if crash.app_version:
-                self._sums("release_sums", "crashes")[crash.app_id, crash.app_version] += by
+                self._sums["release_sums"]["crashes"][crash.app_id, crash.app_version] += by
                 self._learn((crash.app_id, crash.app_version, crash.build_number or ""), {crash.received_at}, by)
         for run, times in reports.runs if kind is Event else ():
             if run[0].app_version:
@@ -2537,7 +2507,7 @@ class SeenReleases:
         of_release = self._sessions(days, "release_days", "app_id, app_version")
         of_app = self._sessions(days, "session_days", "app_id")
         sums = {row[:2]: row[2:] for row in rows_of(
-            self._db, _by_key_query("release_sums"), [release[:2] for release in latest])}
+            self._db, QUERIES_BY_KEY["release_sums"], [release[:2] for release in latest])}
         return [{"app_id": app_id, "app": names[app_id], "app_version": version, "first_seen": first_seen,
                  "last_seen": last_seen, **dict(zip(columns, sums.get((app_id, version), repeat(0)))),
                  "recent_sessions": of_release.get((app_id, version), 0), "app_sessions": of_app.get((app_id,), 0)}
@@ -2678,16 +2648,16 @@ create table medians (                     -- of the durations of a day that is 
         if session.started_at is None:
             return
         day, duration, version, sums = session.started_at // DAY, session.duration, session.app_version, self._sums
-        sums("session_days", "sessions")[app_id, day] += by
+        sums["session_days"]["sessions"][app_id, day] += by
         if version:
-            sums("release_sums", "sessions")[app_id, version] += by
-            sums("release_sums", "crashed_sessions")[app_id, version] += by * session.crashed
-            sums("release_days", "sessions")[app_id, day, version] += by
+            sums["release_sums"]["sessions"][app_id, version] += by
+            sums["release_sums"]["crashed_sessions"][app_id, version] += by * session.crashed
+            sums["release_days"]["sessions"][app_id, day, version] += by
         if duration is not None:
-            sums("session_days", "ended")[app_id, day] += by
-            sums("session_days", "session_ms")[app_id, day] += by * duration
+            sums["session_days"]["ended"][app_id, day] += by
+            sums["session_days"]["session_ms"][app_id, day] += by * duration
             unit = 10 ** max(0, len(str(duration // SECOND)) - 2) * SECOND  # two digits, so that a day has few rows
-            sums("durations", "sessions")[app_id, day, (duration + unit // 2) // unit * unit // SECOND] += by
+            sums["durations"]["sessions"][app_id, day, (duration + unit // 2) // unit * unit // SECOND] += by
             if day < self._now // DAY - 1:
                 self._changed_days.add((app_id, day))
 
@@ -2822,20 +2792,16 @@ create table device_versions (
         self._save_days(devices)
         for (app_id, _), before, after in devices:
             if before is None or before.last_hour != after.last_hour:
-                self._sums("device_hours", "devices")[app_id, after.last_hour] += 1
+                self._sums["device_hours"]["devices"][app_id, after.last_hour] += 1
                 if before:
-                    self._sums("device_hours", "devices")[app_id, before.last_hour] -= 1
+                    self._sums["device_hours"]["devices"][app_id, before.last_hour] -= 1
         for (app_id, column, first, end), count in self._spans.items():  # many devices share a span
             for day in range(first, end):
-                self._sums("active_days", column)[app_id, day] += count
-        counts: dict[Row, int] = defaultdict(int)
+                self._sums["active_days"][column][app_id, day] += count
         for (app_id, _, version), before, after in self._versions.save():
-            if before != after:
-                counts[app_id, version, after] += 1
-                counts[app_id, version, before] -= 1
-        for (app_id, version, seen), count in counts.items():
-            if seen:
-                self._count_version(app_id, version, seen, count)
+            for seen, by in ((before, -1), (after, 1)) if before != after else ():
+                if seen:
+                    self._count_version(app_id, version, seen, by)
 
     def _save_days(self, devices: Sequence[tuple[Row, SeenDevice | None, SeenDevice]]) -> None:
         """Saves days on which devices were not seen before. Mostly last_hour shows that there are none."""
@@ -2872,17 +2838,17 @@ create table device_versions (
             self._spans[app_id, column, max(day, before + span), min(day + span, after)] += by
 
     def _count_cohort(self, app_id: int, first_day: int, days: Sequence[int], by: int) -> None:
-        self._sums("cohorts", "devices")[app_id, first_day] += by
+        self._sums["cohorts"]["devices"][app_id, first_day] += by
         for column, later in self.BACK.items():
             if first_day + later in days:
-                self._sums("cohorts", column)[app_id, first_day] += by
+                self._sums["cohorts"][column][app_id, first_day] += by
 
     def _count_version(self, app_id: int, version: str, seen: SeenVersion, by: int) -> None:
-        self._sums("release_sums", "devices")[app_id, version] += by
-        self._sums("release_hours", "devices")[app_id, version, seen.first_hour] += by
+        self._sums["release_sums"]["devices"][app_id, version] += by
+        self._sums["release_hours"]["devices"][app_id, version, seen.first_hour] += by
         if seen.crash_hour is not None:
-            self._sums("release_sums", "crashed_devices")[app_id, version] += by
-            self._sums("release_hours", "crashed_devices")[app_id, version, seen.crash_hour] += by
+            self._sums["release_sums"]["crashed_devices"][app_id, version] += by
+            self._sums["release_hours"]["crashed_devices"][app_id, version, seen.crash_hour] += by
 
     def forget(self, device_id_hash: str) -> int:
         """Takes a device out of all figures of devices; returns in how many apps it was known."""
@@ -2894,7 +2860,7 @@ create table device_versions (
             key = app_id, device
             days = [day for day, in self._db.execute(
                 "select day from device_days where app_id = ? and device = ? order by day", key)]
-            self._sums("device_hours", "devices")[app_id, last_hour] -= 1
+            self._sums["device_hours"]["devices"][app_id, last_hour] -= 1
             self._count_cohort(app_id, first_day, days, -1)
             for n, day in enumerate(days):
                 self._count_active(app_id, days[n + 1:], day, -1)
@@ -2937,7 +2903,7 @@ class EventNames(Figure):
     KEY = staticmethod(columns_getter(COUNTED[Event], "app_id", "name", "type", "day"))
 
     def count(self, kind: type, reports: CountedReports, by: int) -> None:
-        sums = self._sums("event_names", "events")
+        sums = self._sums["event_names"]["events"]
         for (app_id, name, type, day), events in Counter(map(self.KEY, reports)).items():
             if type not in SESSION_TYPES:
                 sums[app_id, name or "", type, day] += by * events
@@ -3044,6 +3010,12 @@ SCHEMA = REPORT_TABLES + SYMBOL_TABLES + TRIAGE_TABLES + FIGURE_TABLES
 # The primary keys of all tables that have rows of an app, except those of the reports.
 PRIMARY_KEYS = {table: tuple(key.split(", ")) for table, key in re.findall(
     r"create table (\w+) \([^;]*?primary key \((app_id, [^)]*)\)", re.sub("--.*", "", SCHEMA))}
+# The queries for the rows with given keys.
+QUERIES_BY_KEY = {table: f"select {table}.* from (values *) as keys cross join {table} on " + " and ".join(
+    f"{name} = column{n}" for n, name in enumerate(key, 1)) for table, key in PRIMARY_KEYS.items()}
+# The changes that add to the sums of a row.
+ADDITIONS = {table: ", ".join(f"{name} = {table}.{name} + excluded.{name}" for name in sums.columns)
+             for table, sums in SUMS.items()}
 # For tables that keep rows for some time: where the day or hour is in the key, its milliseconds, and how many are kept.
 WINDOWS = {table: (1 + sums.key.index(unit), length, sums.window) for table, sums in SUMS.items()
            for unit, length in (("day", DAY), ("hour", HOUR)) if sums.window and unit in sums.key}
@@ -3055,7 +3027,8 @@ class RollUps:
     def __init__(self, db: Any, now: int, symbols: Symbols | None = None, known: KnownRows | None = None):
         self.db, self.now, self.symbols, self.known = db, now, symbols or Symbols(db), known or KnownRows()
         self.names = NewNames(db, self.known.names)
-        self.changes = Changes()
+        self.changes: dict[str, dict[str, dict[Row, int]]] = defaultdict(  # to sums, by table, column and key
+            partial(defaultdict, partial(defaultdict, int)))
         self.figures: dict[type, Any] = {figure: figure(self) for figure in FIGURES}
 
     def count(self, kind: type, reports: CountedReports, by: int) -> None:
@@ -3065,20 +3038,21 @@ class RollUps:
                 figure.count(kind, reports, by)
 
     def expire(self, kind: type, reports: CountedReports) -> None:
-        """Takes expired reports, which are in the order of their seqs, out of all figures: see Figure.expire."""
-        self.changes.is_expiry = True
+        """Takes expired reports, which are in the order of their seqs, out of all figures: see Figure.expire. Such a
+        transaction counts no other reports."""
         for figure in self.figures.values():
             if kind in figure.COUNTS:
                 figure.expire(kind, reports)
-        self.changes.is_expiry = False
+        for table in [table for table in self.changes if SUMS[table].lasts]:
+            del self.changes[table]
 
     def save(self) -> None:
         """Writes everything that has changed."""
         for figure in self.figures.values():
             figure.save()
-        for table, changes in self.changes.by_table.items():
+        for table, changes in self.changes.items():
             self._save_sums(table, changes)
-        self.changes.by_table.clear()
+        self.changes.clear()
         self.figures[Groups].drop_empty()  # after the sums, because it reads group_days
 
     def _save_sums(self, table: str, changes: dict[str, dict[Row, int]]) -> None:
@@ -3094,7 +3068,7 @@ class RollUps:
         if table in WINDOWS:
             position, first = self._window(table)
             rows = [row for row in rows if row[position] >= first]
-        upsert(self.db, table, rows, _additions(table))
+        upsert(self.db, table, rows, ADDITIONS[table])
         if lowered := [row[:-len(columns)] for row in rows if min(row[-len(columns):]) < 0]:
             delete_rows(self.db, table, lowered, " and ".join(f"{name} <= 0" for name in columns))
 
@@ -3126,12 +3100,6 @@ class RollUps:
             """, (*parameters, STEP_ROWS)).fetchall()
         delete_rows(self.db, table, keys)
         return len(keys)
-
-
-@cache
-def _additions(table: str) -> str:
-    """The changes that add to the sums of a row."""
-    return ", ".join(f"{name} = {table}.{name} + excluded.{name}" for name in SUMS[table].columns)
 
 
 # == Triage ====================================================================
@@ -4234,7 +4202,7 @@ class Commit:
                 crashes += new
         write_rows(self._db, "insert into replays values *", self._replays)
         for (app_id, key), uses in self._key_uses.items():
-            rollups.changes.of("key_days", "requests")[app_id, self._now // DAY, key_name(key)] += uses
+            rollups.changes["key_days"]["requests"][app_id, self._now // DAY, key_name(key)] += uses
         rollups.save()
         if crashes:
             update_triage(self._db, self._now, rollups, crashes)
