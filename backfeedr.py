@@ -7694,7 +7694,7 @@ try:
     from waitress.channel import HTTPChannel
     from waitress.parser import HTTPRequestParser, ParsingError
     from waitress.task import ErrorTask, Task, ThreadedTaskDispatcher, WSGITask
-    from waitress.utilities import BadRequest
+    from waitress.utilities import RequestEntityTooLarge
 except ImportError:  # only `serve` needs waitress; under another WSGI server it may be missing
     waitress = None
     HTTPChannel = HTTPRequestParser = ErrorTask = Task = ThreadedTaskDispatcher = WSGITask = object
@@ -7720,7 +7720,7 @@ class _RequestParser(HTTPRequestParser):
         consumed = int(super().received(data))
         receiver = self.body_rcv
         if self.chunked and receiver is not None and len(receiver.control_line + receiver.trailer) > MAX_CHUNK_LINE:
-            self.error, self.completed = BadRequest("chunk line too long"), True
+            self.error, self.completed = RequestEntityTooLarge("a chunk's line"), True
         return consumed
 
     def parse_header(self, header_plus: bytes) -> None:
@@ -8470,8 +8470,9 @@ def _date(time_ms: int | None) -> str:
 def main(argv: Sequence[str] | None = None, make: Callable[..., Backfeedr] = Backfeedr,
          open_store: Callable[..., Store] = Store) -> int:
     """Runs a command. Returns 0, or 1 after an error; exits with 2 for wrong usage."""
-    errors = sys.stderr or open(os.devnull, "w")  # if it is closed, print() would write to standard output
-    with redirect_stdout(_escaped(sys.stdout)), redirect_stderr(_escaped(errors)):
+    # If standard error is closed, print() would write to standard output.
+    with open(os.devnull, "w") as nowhere, redirect_stdout(_escaped(sys.stdout)), \
+            redirect_stderr(_escaped(sys.stderr or nowhere)):
         try:
             return _run(_parser().parse_args(argv), make, open_store)
         except BrokenPipeError:  # nobody reads the output any more, nor what Python flushes when it exits

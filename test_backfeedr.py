@@ -228,6 +228,7 @@ def serve(tmp_path, clock, schemas):
         all_settings = Settings(**{"db_path": str(tmp_path / name), "api_key": KEY, "auth_token": TOKEN, **settings})
         db_path, limit = Path(all_settings.db_path), all_settings.rate_limit
         if not (POSTGRES or db_path.exists() or settings.keys() & {"api_key", "auth_token"}):
+            db_path.touch(0o600)
             db_path.write_bytes(new_database())
         store = POSTGRES and postgres().PostgresStore(schemas(name), clock, all_settings.retention_days)
         limiter = postgres().PostgresLimiter(store, limit, clock=clock) if store else RateLimiter(limit, clock=clock)
@@ -3511,6 +3512,35 @@ def test_a_forgotten_device_is_in_no_row_and_no_sum_until_it_returns(keeping, cl
     assert count(server, "crashes") > 0 and (POSTGRES or backfeedr._check_roll_ups(path))
 
 
+def test_a_device_whose_forgetting_was_interrupted_is_in_no_figure_of_devices_and_its_reports_expire(keeping, clock):
+    server = keeping(30)
+    add(server, 3, device_id_hash="d", app_version="1.0")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(server.store, "_forget_some", raising(KeyboardInterrupt))
+        server.store.forget_device("d")
+    assert count(server, "crashes") == 3 and not any(count(server, table) for table in (
+        "devices", "device_days", "device_versions", "active_days", "cohorts", "device_hours"))
+    clock.move(31 * A_DAY)
+    server.store.prune()
+    assert count(server, "crashes") == 0 and (POSTGRES or backfeedr._check_roll_ups(server.store.path))
+
+
+@sqlite_only
+def test_forgetting_warns_if_a_reader_keeps_deleted_data_in_the_wal(keeping, caplog, monkeypatch):
+    monkeypatch.setattr(backfeedr, "BUSY_TIMEOUT", 0.01)
+    server = keeping()
+    add(server, device_id_hash="person")
+    with connected(server) as reader:
+        reader.execute("begin")
+        reader.execute("select * from crashes").fetchall()
+        server.store.forget_device("person")
+        assert "the WAL keeps deleted data for now" in caplog.text
+        caplog.clear()
+    server.store.prune()
+    assert caplog.text == "" and b"person" not in b"".join(
+        path.read_bytes() for path in server.store.path.parent.glob("test.db*"))
+
+
 def test_figures_agree_when_devices_are_forgotten_days_after_the_last_report(keeping, clock):
     server = keeping(0)
     for n in range(6):
@@ -3625,7 +3655,7 @@ def test_a_device_with_many_reports_is_forgotten_in_few_transactions(keeping, mo
                             lambda: steps.append(seconds) or Store.writing_step(server.store))
         deleted = server.store.forget_device("d" if seconds > 0 else "other")
         assert deleted == {"crashes": 50, "events": 150, "devices": 1}
-    assert Counter(steps) == {60: 3, -1: 21}, "one for each table and one for the rest, or each ten"
+    assert Counter(steps) == {60: 4, -1: 22}, "one for each table and two for the rest, or each ten"
     assert (count(server, "crashes"), count(server, "events")) == (0, 0)
 
 
@@ -8238,10 +8268,16 @@ def test_a_413_that_cannot_be_sent_at_once_is_sent_later_and_what_came_with_its_
 
 
 def test_x_forwarded_proto_is_believed_from_this_host_and_never_refused(web_server):
-    for header, secure in ((b"X-Forwarded-Proto: https\r\n", True), (b"", False),
-                           (b"X-Forwarded-Proto: https, http\r\n", False)):
+    for address, header, secure in (("127.0.0.1", b"X-Forwarded-Proto: https\r\n", True), ("127.0.0.1", b"", False),
+                                    ("127.0.0.1", b"X-Forwarded-Proto: https, http\r\n", False),
+                                    *((address, b"X-Forwarded-Proto: https\r\n", address == "::1")
+                                      for address in ("::1", "10.1.2.3"))):
         link = web_server.app.pages.invite("").encode()
-        connection = connect_and_send(web_server, b"GET " + link + b" HTTP/1.1\r\nHost: x\r\n" + header + b"\r\n")
+        connection = connect_and_send(web_server, b"GET ")
+        wait_until(lambda: web_server.run_once() or web_server.active_channels)
+        for channel in web_server.active_channels.values():
+            channel.addr = (address, 1)
+        connection.sendall(link + b" HTTP/1.1\r\nHost: x\r\n" + header + b"\r\n")
         answer = read_until(connection, web_server, b"\r\n\r\n").lower()
         assert (b"; secure" in answer.split(b"\r\n\r\n")[0]) == secure
         connection.close()
@@ -8513,7 +8549,8 @@ HOSTILE_BYTES = {  # by the status of the answer
           *[raw_request(b"/api/v1/" + path) for path in (b"h\xc3\xa4", b"metrics/devices?days=\xff")],
           *[raw_request(HEALTH, method=method) for method in (b"get", b"\xff")],
           *[raw_request(HEALTH, header) for header in (b" folded", b"a\rb: c")], raw_crash(KEY_LINE + b"\x00", LENGTH),
-          b"GET\r\n\r\n", b"\x16\x03\x01\r\n\r\n"],
+          raw_request(HEALTH, b"X: " + b" " * 32_000 + b"x"),  # would take waitress 16 s
+          b"GET\r\n\r\n", b"\x16\x03\x01"],  # the start of TLS, which does not end
     401: [*[raw_crash(*keys, LENGTH) for keys in (
               [KEY_LINE, KEY_LINE], [b"X-Backfeedr-Key: \xff\xfe"], [b"X_Backfeedr_Key: " + KEY.encode()])],
           raw_request(b"/api/v1/events", b"Authorization: Bearer \xff")],
@@ -8522,7 +8559,8 @@ HOSTILE_BYTES = {  # by the status of the answer
         b"api//v1/health", b"api/v1/health//", b"api/v1/h%C3%A4", b"api/v1/h%FF", b"x" * 30_000)],
     405: [raw_request(b"/api/v1/crashes", method=b"PUT")],
     413: [raw_crash(KEY_LINE, CHUNKED, body=part) for part in (
-        b"2711\r\n" + b"x" * 10_001 + b"\r\n0\r\n\r\n", b"f" * 5000 + b"\r\n" + b"x" * 80_000, b"1" * 80_000)],
+        b"2711\r\n" + b"x" * 10_001 + b"\r\n0\r\n\r\n", b"f" * 5000 + b"\r\n" + b"x" * 80_000, b"1" * 5_000,
+        b"0\r\n" + b"a: b\r\n" * 1_000)],
     415: [raw_crash(KEY_LINE, LENGTH, *coding) for coding in (
         [b"Content-Encoding: \xff"], [b"Content-Encoding: gzip"] * 2)],
     431: [raw_request(b"/" + b"x" * 32_768), raw_request(HEALTH, b"X: " + b"x" * 32_768)],
@@ -9245,6 +9283,13 @@ def test_a_command_that_needs_a_closed_stream_does_nothing_and_says_so(
     assert outcome == (1, "", f"backfeedr: {problem}\n") and filled.store.apps() == apps
 
 
+def test_without_standard_error_a_message_does_not_go_to_standard_output(command, filled, monkeypatch):
+    with monkeypatch.context() as closed:
+        closed.setattr(sys, "stderr", None)
+        status, out, _ = command("key", "create", "default")
+    assert status == 0 and re.fullmatch("bf_live_[0-9a-f]{32}\n", out)
+
+
 def test_a_number_that_no_channel_has_is_refused_and_a_long_device_is_cut_like_that_of_a_report(command, filled):
     for action, number in product(("test", "remove"), ("9" * 20, "x", "1.5", "-9")):
         status, out, err = command("alert", action, number)
@@ -9326,6 +9371,8 @@ def test_check_warns_above_90_percent_of_the_disk_or_the_size_limit(command, fil
         used = int(percent * 10 ** 9)
         monkeypatch.setattr(shutil, "disk_usage", lambda _, used=used: SimpleNamespace(used=used, free=10 ** 11 - used))
         assert [line for line in output_of(command, "check").splitlines() if line[:4] != "ok  "] == warnings
+    Path("backfeedr.db").chmod(0o644)
+    assert "WARN Every user of this host can read backfeedr.db: chmod 600 it.\n" in output_of(command, "check")
 
 
 @pytest.mark.slow
