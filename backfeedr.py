@@ -6808,7 +6808,8 @@ class Dashboard:
         metrics, app = self._metrics, page.app
         return self._render(
             page, "Usage", "usage", tiles=_usage_tiles(metrics, app), retention_tiles=_retention_tiles(metrics, app),
-            releases=metrics.releases(app)["releases"][:8], events=metrics.event_names(app)["events"])
+            releases=sorted(metrics.releases(app)["releases"], key=itemgetter("adoption"), reverse=True)[:8],
+            events=metrics.event_names(app)["events"])
 
     def _events(self, page: PageRequest) -> Response:
         parameters = page.parameters("type", "name", "session_id", "device_id_hash", "cursor")
@@ -6967,7 +6968,8 @@ _GROUP_COLUMN = ("Crash", """
 <b>{{"new" if row["is_new"] else ""}}
 {{row["state"] if row["state"] != "open" else "regressed" if row["regressed_at"] else ""}}</b>
 % brief = (page.app_names(row), row["exception_type"] if row["place"] else "", shorten(row["exception_reason"]))
-<span class="brief soft"><bdi>{{": ".join(filter(None, brief))}}</bdi></span>""", "main")
+<span class="brief soft"><bdi>{{!":</bdi> <bdi>".join(escape(text) for text in brief if text)}}</bdi></span>
+""", "main")
 _CRASHES_COLUMN = ("Crashes", '{{number(row["count"])}}', "number")
 _SCORED_DEVICES_COLUMN = ("Devices", """{{number(row["devices"])}} <small>
 % if row["newest"] and row["of_newest"] != row["devices"]:
@@ -6977,7 +6979,8 @@ _SCORED_DEVICES_COLUMN = ("Devices", """{{number(row["devices"])}} <small>
 _VERSION_COLUMN = ("Version", '<bdi>{{shorten(row.get("app_version", ""), 40)}}</bdi>', "bare")
 _DEVICE_COLUMN = ("Device", '{{!device_html(row.get("device_model", ""))}}', "bare")
 _RELEASE_COLUMN = ("Version", """\
-<a href="{{link("/crashes", app=row["app"], version=row["app_version"])}}"><bdi>{{row["app_version"]}}</bdi></a>
+<a href="{{link("/crashes", app=row["app"], version=row["app_version"])}}"><bdi>\
+{{shorten(row["app_version"], 40)}}</bdi></a>
 """ + _APP_NAMES, "main")
 _NO_RELEASES = "No releases yet. Releases appear once reports have an <code>app_version</code>."
 _TILE_GRID = """<div class="grid tiles">
@@ -7358,8 +7361,8 @@ _ICON = "data:image/svg+xml," + quote(
 
 _TEMPLATE_GLOBALS = {
     "DAY": DAY, "bar_chart": bar_chart, "build_name": build_name, "curl_line": curl_line, "details": _event_details,
-    "device_html": device_html, "group_title": _group_title, "icon": _ICON, "iso": iso_time, "iso_day": iso_day,
-    "max_frames": SHOWN_FRAMES, "number": "{:,}".format, "pages": _NAVIGATION, "shorten": _shorten,
+    "device_html": device_html, "escape": escape, "group_title": _group_title, "icon": _ICON, "iso": iso_time,
+    "iso_day": iso_day, "max_frames": SHOWN_FRAMES, "number": "{:,}".format, "pages": _NAVIGATION, "shorten": _shorten,
     "sparkline": sparkline, "style": STYLE, "trace_rows": _trace_rows, "urlencode": urlencode}
 
 

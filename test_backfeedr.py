@@ -7643,14 +7643,15 @@ def test_the_usage_page_shows_active_devices_session_lengths_and_retention(api, 
         clock.seconds = start + day * A_DAY
         api.server.store.add(KEY_HASH, [parse_event({
             "type": type, "name": f"bought {device}", "device_id_hash": device, "session_id": f"{device}{day}",
-            "app_version": "1.0", "occurred_at": time_text(clock.seconds - seconds)}) for device in devices
+            "app_version": "2.0" if device == "e" else "1.0", "occurred_at": time_text(clock.seconds - seconds)})
+            for device in devices
             for type, seconds in (("session_start", 300), ("custom", 200), ("session_end", 0))])
     text = person.text("/usage?app=default")
     for expected in ("Active devices 3 24 hours", "Active devices 3 7 days", "Active devices 5 30 days",
                      "Sessions 5 7 days; median length on 12 Mar: 5 min",
                      "Back after 1 day 25 % of 4 new devices", "Back after 7 days 50 % of 4 new devices",
                      "Back after 30 days - of 0 new devices", "bought a custom 4",
-                     "Adoption, 7 days Version Adoption 1.0 100.00 % All"):
+                     "Adoption, 7 days Version Adoption 1.0 80.00 % 2.0 20.00 % All"):
         assert expected in text
     page = person.get("/usage?app=default")
     assert 'aria-label="Events: 4 in 30 days"' in page
@@ -10465,7 +10466,8 @@ def test_every_request_of_openapi_gets_an_answer_that_matches_its_schema(serve, 
     old = send("POST", "/crashes", 201, json.dumps(MOVED).encode())["group_hash"]
     odd = dict(bodies(OPENAPI["paths"]["/crashes"]["post"])[0], occurred_at=2e9, device_model="x" * 501, is_charging=1,
                build_number=47, battery_level="nan", locale=[], memory={"free": 1})
-    odd["stack_trace"] = [{**odd["stack_trace"][0], "frame": "0", "line": "many"}, {"symbol": 7}]
+    odd["stack_trace"] = [{**odd["stack_trace"][0], "frame": "0", "line": "many"}, {"symbol": 7},
+                         {"symbol": True, "file": []}]
     assert send("POST", "/crashes", 201, json.dumps(odd).encode())["group_hash"] == group, "asked for below"
     send_all("PUT")
     wait_for_catch_up()
