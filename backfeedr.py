@@ -3077,8 +3077,9 @@ class RollUps:
         position, length, window = WINDOWS[table]
         return position, self.now // length - window
 
-    def trim(self) -> int:
-        """Stores medians, and deletes up to STEP_ROWS old rows of each table; returns how many, 0 when none is left."""
+    def trim(self, oldest: int = 0) -> int:
+        """Stores medians, and deletes up to STEP_ROWS old rows of each table; returns how many, 0 when none is left.
+        Reports that were received before `oldest`, in milliseconds, have expired."""
         self.figures[Sessions].store_medians()
         today = self.now // DAY
         deleted = self._delete_some("new_names", "new_names where day < ?", today)
@@ -3090,8 +3091,23 @@ class RollUps:
             select app_id, app_version, min(first_seen) / {HOUR} + {24 * HEALTH_DAYS} as last from builds
             group by app_id, app_version) as ages
             cross join release_hours using (app_id, app_version) where hour > last""")
+        deleted += self._drop_old_releases(oldest)
         return deleted + self._delete_some("groups", f"groups where last_seen < ? and {Groups.IS_EMPTY}",
                                            (today - WEEK_DAYS) * DAY, today - WEEK_DAYS)
+
+    def _drop_old_releases(self, oldest: int) -> int:
+        """Deletes releases without reports in apps that have as many as they may. Otherwise somebody with a key could
+        fill the list for ever with made-up ones."""
+        releases = self.db.execute(f"""
+            select app_id, app_version from builds
+            where app_id in (
+                select app_id from builds where app_id in (select id from apps)
+                group by app_id having count(distinct app_version) >= {MAX_RELEASES})
+            group by app_id, app_version
+            having max(last_seen) < ? limit ?""", (oldest - SECOND, STEP_ROWS)).fetchall()
+        for table in ("builds", "release_sums", "release_hours"):
+            self.db.executemany(f"delete from {table} where app_id = ? and app_version = ?", releases)
+        return len(releases)
 
     def _delete_some(self, table: str, source: str, *parameters: int) -> int:
         """Deletes up to STEP_ROWS rows of a query, which is given from its `from` on; returns how many."""
@@ -4912,7 +4928,8 @@ class Store(SymbolStore):
 
     def _trim(self, db: Connection) -> Counter[str]:
         """One step of what is due once a day: deletions, and at their end the warnings."""
-        deleted = Counter(sums=RollUps(db, self.now).trim()) + self._expire_symbols(db)
+        sums = RollUps(db, self.now).trim(self._first_kept_seq >> SEQ_BITS)
+        deleted = Counter(sums=sums) + self._expire_symbols(db)
         db.execute("delete from facts where at < ?", (self.now - FACT_DAYS * DAY,))
         db.execute("delete from messages where due_at is null and created_at <= ?", (self.now - HOUR,))
         if not deleted:

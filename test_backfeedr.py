@@ -3916,13 +3916,35 @@ def test_two_starts_of_a_session_at_once_count_alike_in_whatever_order_they_are_
     assert stored(other, "release_sums")["release_sums"][0][:3] == (1, "1.0", 1)
 
 
-def test_releases_beyond_the_limit_of_an_app_count_as_other(one_day, clock, monkeypatch):
+def test_releases_beyond_the_limit_of_an_app_count_as_other(keeping, clock, monkeypatch):
     monkeypatch.setattr(backfeedr, "MAX_RELEASES", 5)
+    server = keeping(0)
     for n in range(8):
-        add(one_day, app_version=f"1.{n}")
+        add(server, app_version=f"1.{n}")
         clock.move(A_DAY)
-    assert {row["app_version"] for row in Api(one_day).get("/api/v1/releases", **ADMIN)[1]["releases"]} \
+    assert {row["app_version"] for row in Api(server).get("/api/v1/releases", **ADMIN)[1]["releases"]} \
         == {"(other)", *(f"1.{n}" for n in range(5))}
+
+
+def test_releases_without_reports_make_room_for_new_ones_when_there_are_as_many_as_may_be(keeping, clock, monkeypatch):
+    monkeypatch.setattr(backfeedr, "MAX_RELEASES", 5)
+    server = keeping(30)
+    for n in range(4):
+        add(server, app_version=f"1.{n}", device_id_hash="d")
+    clock.move(31 * A_DAY)
+    server.store.prune()
+    assert count(server, "builds") == count(server, "release_sums") == 4, "there is room"
+    for version in ("2.0", "2.1", "2.0"):
+        add(server, app_version=version, device_id_hash="d")
+    assert {name for name, in sql(server, "select app_version from releases")} == {
+        *(f"1.{n}" for n in range(4)), "2.0", "(other)"}
+    clock.move(A_DAY)
+    server.store.prune()
+    add(server, app_version="2.1", device_id_hash="d")
+    for table in ("releases", "release_sums", "release_hours"):
+        names = {name for name, in sql(server, f"select app_version from {table}")} - {"(other)"}
+        assert names == {"2.0", "2.1"}, table
+    assert POSTGRES or backfeedr._check_roll_ups(server.store.path)
 
 
 @sqlite_only
