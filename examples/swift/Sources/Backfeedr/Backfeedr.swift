@@ -9,7 +9,8 @@ public enum Backfeedr {
 
     static var client: Client? { running.with { $0 } }
 
-    /// Starts reporting. A second call has no effect.
+    /// Starts reporting; call it at launch. If it is called later, the first session begins when the app next becomes
+    /// active. A second call has no effect.
     ///
     /// `endpoint` is where the server is mounted, such as https://crashes.example.com, with or without /api/v1. While
     /// the phone is in Low Data Mode, reports wait on the disk, unless `sendsInLowDataMode` is true. Returns false, and
