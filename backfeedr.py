@@ -3633,6 +3633,7 @@ class Process:
         self.commit_lock = threading.Lock()
         self.commits, self.committed_requests, self.commit_seconds = 0, 0, 0.0
         self.stored = Counter(crashes=0, events=0)
+        self.upkeep_lock = threading.Lock()
         self.worker_lock, self.next_worker = threading.Lock(), threading.Lock()  # of catch_up_in_background
 
     def close_writer(self) -> None:
@@ -4232,6 +4233,7 @@ class Commit:
 STEP_SECONDS = 0.02  # time that a step may take to delete or move reports
 EXPIRE_ROWS = 10  # rows to delete before the first look at the clock: a row may be as large as a body
 ROW_BYTES = 300  # that a report takes beside its texts, with its index entries, about
+SAMPLED_BYTES = 50_000_000  # of a larger database, only every second, third, ... report is measured
 
 
 class LargestApp(NamedTuple):
@@ -4315,19 +4317,20 @@ class Deletion(Apps):
             for kind, table in TABLES.items()})
 
     def _choose_largest_app(self, db: Connection) -> LargestApp:
-        """The largest app. It is chosen once an hour, because that reads all rows, or when it has lost a tenth of its
-        reports: another may grow fast meanwhile. Then it begins at the oldest report, and warns the operator."""
+        """The largest app. It is chosen once an hour, because that goes through all rows, or when it has lost a tenth
+        of its reports: another may grow fast meanwhile. Then it begins at the oldest report, and warns the operator."""
         chosen = self._largest_app
         if chosen.reports <= 0 or not 0 <= self.now - chosen.chosen_at < HOUR:
+            step = 1 + self.used_size(db) // SAMPLED_BYTES
             sizes = " union all ".join(
                 f"select app_id, {ROW_BYTES} + " + " + ".join(f"coalesce(length({name}), 0)" for name in _ABSENT[kind])
-                + f" as size from {table}" for kind, table in TABLES.items())
+                + f" as size from {table} where seq % {step} = 0" for kind, table in TABLES.items())
             app_id, name, count, size = db.execute(f"""
                 select apps.id, name, count(*), sum(size) from ({sizes}) as reports join apps on apps.id = app_id
                 group by apps.id, name order by sum(size) desc, apps.id limit 1""").fetchone() or (0, "", 0, 0)
             if app_id and app_id != chosen.id:
                 log.warning("the database exceeds BACKFEEDR_MAX_DB_SIZE: the oldest reports of %s are deleted", name)
-            chosen = LargestApp(app_id, self.now, max(EXPIRE_ROWS, count // 10), max(1, size // max(1, count)))
+            chosen = LargestApp(app_id, self.now, max(EXPIRE_ROWS, step * count // 10), max(1, size // max(1, count)))
             self._largest_app, self._early_seq = chosen, -1
         return chosen
 
@@ -4879,10 +4882,10 @@ class Store(SymbolStore):
     def _upkeep_if_due(self) -> None:
         """Runs one step of upkeep after a commit: at most once a second, or after every commit while there are rows
         left to delete. Once an hour it looks for worse releases. It reads first, as a write keeps others waiting."""
-        now = self.now
-        if self._next_upkeep - SECOND <= now < self._next_upkeep:  # the lower bound: the clock may have been set back
+        now, process, deleted = self.now, self._process, Counter[str]()
+        is_done = self._next_upkeep - SECOND <= now < self._next_upkeep  # the lower bound: a clock may be set back
+        if is_done or not process.upkeep_lock.acquire(blocking=False):
             return
-        deleted: Counter[str] = Counter()
         try:
             with self.reading() as db:
                 if is_too_large := 0 < self.max_db_size < self.used_size(db):
@@ -4904,8 +4907,10 @@ class Store(SymbolStore):
         except Exception as error:  # the reports of the commit are stored, and later commits try again
             if not isinstance(error, StorageUnavailable):
                 log.exception("unexpected error")
-        # Deletions must keep up with new reports. Moves need not: catch_up_in_background does most of them.
-        self._next_upkeep = now if deleted.keys() - {"moved"} else now + SECOND
+        finally:
+            # Deletions must keep up with new reports. Moves need not: catch_up_in_background does most of them.
+            self._next_upkeep = now if deleted.keys() - {"moved"} else now + SECOND
+            process.upkeep_lock.release()
 
     def _upkeep_step(self, db: Connection) -> Counter[str]:
         """One step of expiring, moving and trimming. It ends after STEP_SECONDS, because nobody can write meanwhile."""
@@ -5412,6 +5417,8 @@ def _with_reasons(db: Connection, body: str) -> str:
     a reason must not outlive its report."""
     message = json.loads(body)
     for fact in message["data"]["facts"]:
+        if "reason" in fact:  # queued by an earlier version
+            fact["text"] = fact["text"].removesuffix(f": {fact.pop('reason')}")
         found = db.execute("""
             select exception_reason from groups join apps on apps.id = app_id where name = ? and group_hash = ?
             """, (fact.get("app"), fact.get("group_hash"))).fetchone()

@@ -10203,7 +10203,7 @@ def test_a_build_in_xcode_needs_no_path(send_symbols, monkeypatch, variable):
     assert send_symbols(SymbolStore())[0] == 0
 
 
-NO_MACHO = "it is no complete zip or Mach-O file"
+NO_MACHO = "it is not a complete zip or Mach-O file"
 STRIPPED = SHOP_IMAGE.replace(b"__debug_", b"__others_")
 
 

@@ -434,9 +434,10 @@ class PostgresLimiter(backfeedr.RateLimiter):
     def charge(self, key: bytes, seconds: float) -> None:
         """Counts an allowed request again if it took long to decode."""
         if again := int(seconds / backfeedr.REQUEST_SECONDS):
-            self._ask(f"""
-                update rates set times = times || array_fill(times[cardinality(times)], array[{again}])
-                where key_hash = :key returning 1""", key)
+            self._ask("""
+                update rates set times = times || array_fill(
+                    times[cardinality(times)], array[least(:again, :limit - cardinality(times))::integer])
+                where key_hash = :key and cardinality(times) < :limit returning 1""", key, again=again)
 
     def retry_after(self, key: bytes) -> int:
         """Whole seconds, at least 1, until `allow` returns True again."""
@@ -447,11 +448,11 @@ class PostgresLimiter(backfeedr.RateLimiter):
             """, key) or (None,)
         return max(1, int(seconds or 1))
 
-    def _ask(self, statement: str, key: bytes) -> Any:
+    def _ask(self, statement: str, key: bytes, **more: int) -> Any:
         try:
             with self._pools.here.connection() as db:
                 return db.execute(statement, {"key": key, "limit": self.limit, "window": self.window,
-                                              "now": self._now()}).fetchone()
+                                              "now": self._now(), **more}).fetchone()
         except psycopg.Error as error:
             raise self._store._unavailable("read", error) from error
 

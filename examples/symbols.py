@@ -259,7 +259,7 @@ def images(path: Path) -> Iterator[Image]:
     except OSError as error:
         raise SymbolsError(f"cannot read it: {error.strerror}") from None
     except (struct.error, ValueError):
-        raise SymbolsError("it is no complete zip or Mach-O file") from None
+        raise SymbolsError("it is not a complete zip or Mach-O file") from None
     except SymbolicError as error:
         raise SymbolsError(f"it cannot be read: {error.message}") from None
 
