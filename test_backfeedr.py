@@ -4497,7 +4497,18 @@ def test_an_upgrade_needs_a_sqlite_that_drops_columns_without_damage(serve, serv
     assert version_of(server.store.path) == 6
 
 
-DOWNGRADES = {  # what takes a database back to each version from the next one; 3 was never released
+def make_old_database(path, version):
+    """Makes a database of version 1 or 2: two apps with three crashes and six events. Some rows of the table `days` are
+    left out: a migration without expired reports only drops it."""
+    with closing(sqlite3.connect(str(path))) as db:
+        db.executescript(zlib.decompress(base64.b85decode("".join(VERSION_2.split()))).decode())
+        if version == 1:
+            db.execute("drop table grants")
+    sql_run(path, f"pragma application_id = {backfeedr.APPLICATION_ID}")
+    sql_run(path, f"pragma user_version = {version}")
+
+
+DOWNGRADES = {  # what takes a database back to each version from the next one
     6: "drop index crashes_by_group;" + "".join(f"""
         alter table {table} add column received bigint not null default 0;
         update {table} set received = received_at;
@@ -4520,23 +4531,7 @@ DOWNGRADES = {  # what takes a database back to each version from the next one; 
         alter table groups drop column devices;
         alter table groups drop column came_at;
         create table group_devices (app_id integer);
-        create table group_sums (app_id integer);""",
-    2: "alter table releases rename to seen;" + "".join(
-        f"drop table if exists {table};" for table in [
-            "group_devices", "group_sums", *re.findall(r"create table (\w+)", backfeedr.SCHEMA)]
-        if table not in ("apps", "keys", "secrets", "grants", "crashes", "events", "replays", "state")) + "".join(
-        f"alter table {table} drop column {column};" for table, columns in (
-            ("crashes", ("clock_ahead_ms", "other", "session_id", "images")), ("events", ("clock_ahead_ms", "other")))
-        for column in columns) + """
-        create table releases (app_id, app_version, first_seen, last_seen, sessions, crashes, devices, crashed_devices);
-        create table days (app_id, day, crashes, sessions, ended, session_ms, dau, wau, mau, newcomers, back_1,
-            back_7 default 0, back_30 default 0);
-        create table durations (app_id, day, seconds, sessions);
-        create table hours (app_id, hour, devices);
-        insert into releases select *, 0, 0, 0, 0 from seen;
-        drop table seen;""" + "".join(f"create table {table} (app_id);" for table in (
-            "groups", "group_hours", "devices", "sessions", "labels", "release_days")),
-    1: "drop table grants;"}
+        create table group_sums (app_id integer);"""}
 
 
 def downgrade(path, version):
@@ -4544,8 +4539,8 @@ def downgrade(path, version):
     if not POSTGRES and sqlite3.sqlite_version_info < (3, 35, 5):
         pytest.skip("this SQLite cannot drop columns")
     with connected(path) as db:
-        for script in (script for step, script in DOWNGRADES.items() if step >= version):
-            (db.run if POSTGRES else db.executescript)(script)
+        for step in range(6, version - 1, -1):
+            (db.run if POSTGRES else db.executescript)(DOWNGRADES[step])
     set_version(path, version)
 
 
@@ -4560,40 +4555,64 @@ def columns_of(path):
         """)
 
 
+@sqlite_only
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_older_database_gets_the_new_schema_and_keeps_its_reports(tmp_path, keeping, serve, version):
+    path = tmp_path / "test.db"
+    make_old_database(path, version)
+    reports = [rows_by_name(path, f"select * from {table}") for table in ("crashes", "events")]
+    server = keeping()
+    api = Api(server)
+    check_database(path)
+    assert count(server, "regroupings"), "because names are made canonical now"
+    server.store.prune()
+    check_database(path)
+    assert not count(server, "regroupings")
+    assert version_of(path) == backfeedr.SCHEMA_VERSION and columns_of(path) == columns_of(serve("new.db"))
+    assert [[{**row, "other": 0, "clock_ahead_ms": 0, "seq_ahead_ms": 0, "session_id": row.get("session_id"),
+               **({"images": None} if "group_hash" in row else {})} for row in rows]
+            for rows in reports] == [rows_by_name(path, f"select * from {table}") for table in ("crashes", "events")]
+    assert {name: api.get("/api/v1/overview")[1][name] for name in ("sessions_7d", "crashes_7d", "dau")} \
+        == {"sessions_7d": 3, "crashes_7d": 3, "dau": 1}
+    assert api.get("/api/v1/metrics/retention?days=3&app=default")[1]["day_1"] == [100.0, None, None]
+    again = server.store.add(KEY_HASH, [parse_event(dict(EVENT))], Idempotency((b"a",), b"1"))
+    assert again.replayed and list(again.seqs) == [row["seq"] for row in reports[1] if row["type"] == "error"]
+    for type in ("session_start", "session_end"):  # of a known session and device
+        add(server, type=type, session_id="s0", device_id_hash="d1", app_version="1.0")
+    assert api.get("/api/v1/overview")[1]["sessions_7d"] == 3
+    assert server.store.forget_device("d1") == {"crashes": 3, "events": 6, "devices": 2}
+    check_database(path, forgotten=True)
+
+
 def named_reports(server):
     """All reports, by column: its place differs after a migration."""
     return [rows_by_name(server, f"select * from {table} order by seq") for table in ("crashes", "events")]
 
 
-@pytest.mark.parametrize("version", [*(pytest.param(old, marks=sqlite_only) for old in (1, 2)), 4, 5, 6])
+@pytest.mark.parametrize("version", [4, 5, 6])  # 3 was never released
 def test_a_migration_loses_nothing_on_any_engine(keeping, serve, clock, caplog, version):
     server = keeping()
     fill(server, clock, version, 60)
     for _ in range(2):
         clock.move(60)
-        # Schema 4 does not know when a build was seen last, and earlier ones know no builds.
-        add(server, app_version="1.0", build_number="7" * (version >= 4))
+        add(server, app_version="1.0", build_number="7")  # schema 4 does not know when it was seen last
     clock.move(-7200)
     add(server, app_version="1.0", device_id_hash="d")
     assert count(server, "crashes", "seq_ahead_ms > 7000000") == 1
-    server.store.add(KEY_HASH, [parse_event(dict(EVENT))], Idempotency((b"mark",), b"request"))
     server.store.triage(ABORTS, {"state": "resolved"}, app="default")
     server.close()
     sql_run(server, "insert into regroupings values (1, 'aaaaaaaaaaaaaaaa', 0, 'bbbbbbbbbbbbbbbb')")
     before, reports = stored(server), named_reports(server)
     sql_run(server, "update regroupings set seq = 5")
     downgrade(server.store.path, version)
-    with keeping() as upgraded:
-        assert version_of(server.store.path) == backfeedr.SCHEMA_VERSION
-        if version < 4:
-            assert count(server, "regroupings"), "because names are made canonical now"
-            upgraded.store.catch_up()
+    keeping().close()
+    assert version_of(server.store.path) == backfeedr.SCHEMA_VERSION
     assert f"upgrading the database from schema {version} to {backfeedr.SCHEMA_VERSION}" in caplog.text
     after = stored(server)
     assert named_reports(server) == reports
     for rows in (before, after) if version == 4 else ():  # "" has the times of its version, as schema 4 knew no others
         rows["builds"] = [row for row in rows["builds"] if row[2]]
-    for table in after.keys() - {"crashes", "events"} if version >= 4 else ["replays"]:  # earlier ones count anew
+    for table in after.keys() - {"crashes", "events"}:
         assert sorted(after[table], key=repr) == sorted(before[table], key=repr), table
     check_database(server, forgotten=version == 4)
     if not POSTGRES:
@@ -4607,12 +4626,10 @@ def test_a_migration_loses_nothing_on_any_engine(keeping, serve, clock, caplog, 
 
 
 @sqlite_only
-def test_a_migration_keeps_the_sums_of_reports_that_have_expired(keeping):
-    server = keeping()
-    add(server, app_version="1.0", device_id_hash="d")
-    server.close()
-    downgrade(server.store.path, 2)
-    with connected(server) as db:
+def test_a_migration_keeps_the_sums_of_reports_that_have_expired(tmp_path, keeping):
+    path = tmp_path / "test.db"
+    make_old_database(path, 2)
+    with connected(path) as db:
         db.executescript("""
             insert into state values ('expired_crashes', 1);
             insert into days (app_id, day, crashes, sessions, ended, session_ms, dau, wau, mau, newcomers, back_1)
@@ -4626,25 +4643,47 @@ def test_a_migration_keeps_the_sums_of_reports_that_have_expired(keeping):
             "crash_days": (1, 20000, 7), "session_days": (1, 20000, 6, 5, 4), "active_days": (1, 20000, 3, 2, 1),
             "cohorts": (1, 20000, 2, 1, 0, 0), "durations": (1, 20000, 60, 5), "builds": (1, "0.9", "", 5, 6),
             "release_sums": (1, "0.9", 8, 0, 7, 6, 5)}.items():
-        found = sql(server, f"select * from {table}")
+        found = sql(path, f"select * from {table}")
         assert row in found and not [each for each in found if each[0] == 0], table
         key_length = len(backfeedr.PRIMARY_KEYS[table])
         assert not [each for each in found if not any(each[key_length:])], "it has rows of zeros"
-    assert sql(server, "select crashes from release_sums where app_id = 1 and app_version = '1.0'") == [(70,)]
-    assert sql(server, "select first_seen, last_seen from releases where app_id = 1 and app_version = '1.0'") == [
+    assert sql(path, "select crashes from release_sums where app_id = 1 and app_version = '1.0'") == [(70,)]
+    assert sql(path, "select first_seen, last_seen from releases where app_id = 1 and app_version = '1.0'") == [
         (4, 1 << 50)]
 
 
 @sqlite_only
-def test_a_migration_that_fails_leaves_the_database_as_it_was(serve, server):
-    serve.unchecked.append(server)
-    server.close()
-    downgrade(server.store.path, 2)
-    sql_run(server, "drop table group_hours")
-    content = content_of(server)
+def test_a_migration_that_fails_leaves_the_database_as_it_was(tmp_path, serve):
+    path = tmp_path / "test.db"
+    make_old_database(path, 2)
+    sql_run(path, "drop table group_hours")
+    content = path.read_bytes()
     with pytest.raises(StoreError, match="no such table: group_hours"):
         serve()
-    assert content_of(server) == content and version_of(server) == 2
+    assert path.read_bytes() == content and version_of(path) == 2
+
+
+VERSION_2 = """
+c-p;KS#RSu5Pt8k5EdvD18PCiy4*fF+1;l_Uy1_zCeRX{2$3Z(B{>Ne{qG&>Bx&l1x7Y-+!$ULQd~<N9m@`^2tD=XDS@e7^tvf4CtTeCKBjeVYrzgtatY`LS
+(Yh+qJm&1g^2)JtdV=TJYh~pH{MA`z)p`1@W{#DXQN_w?kkW5(thiB^MD%)b^XD(I3<gvRFz^*U(elYUWW_<o;|REsgmu(%=Iofhs^DgII~He`;#pnXSTAYy
+RMeHli<dOf;FS!96(AgWP{56t2Los2J#v~0an^*f?Dd>-RvMX`6&!OA$b{sQeKR@M5e{z*cw{-_f+LG&FBIsf@EGjOtK*&hE5iP(?FcEGjde+RRnu(737o|&
+y-e|4#Bt5})aoNI>T~OM&57(aX6Gs`@~C<{GksNnxiDVBdb8wMhdRxYD6dZkP|!{lrM4$wmo#S4sYqC+PNm5R!m+X<rWxx7N6z38b}IN=bOI;WC&tql6w<0<
+Fqg3lNCQV?O+Lg=ls~5VV{fc%32Z6{Fl9yK=cwW|?lr*&r_KLkillkMUVGO@hqtI<%mOK+yIar5WGYTke4tP#Q>3z^6Qk!W*xUy3kA)h$RMF22H&ZALX>E$C
+n?tB%rFbgpXwYKn%!@PQRSNE#c74k<XXlK*jcztr1*AW#6-clI1sW=|HhoNaSw*tb<VVg02dBQ5a{1`E>tj)1+Dz4}HmEzxL{QU5CPI3!RZ^()(Xu_uhruBR
+3RrG<G^2}aCh8Jl$B`GOi8b8~T}+iaHY1f<CN7;;Wh;4xA1yXlhR2NgP|CP^;6g-$kJXv$>@u1=qFXQ(7Wk~4VuP_YX$z;m0z@BaomCccMjGcf^`SVo$7rGe
+wqRVckn^y9qiG4PXV+gA)=vxTIeUo<I3wp#9K_*=m$wAVTej%OUD-tI8ZpsnUeJjpDa|2I;v!GVG5F1yP2ZNnpoX(^DWA=;ph39K|8i|D2l<1z1-zVP(BsUP
+XT1*mAGLXvlUHTOikxocB+<?JFEOx=&uFO}%y2pt9q)?)rE8pv+x~1HaVrPBY>u1;n%x;aux!@iW6H8*ovn?q>r0|J7$)p*)OD%Q$lEO4@}L)=HQ?5(&%|}&
+=F}0rR=&Eg8&R(zAiDL8o+js=eiQQFff_m)_<!oEf1z2;mT%>0UP5y(_7&}$mgYI20XueA8f*tSI0&}b+oI-Y<J=L){`;voUoWW=o7W}1#IN=qh3M1$_F?-u
+@E`X3?H;51Pa(ngcz6F0e)Jx~d-Cw`(G7i!_kr(*;pfl3i#_Cqdl!Yi?EtF7G0LFdju0kW*Yg8gMd1AP&zCP6jN$qTEuk}9L8q^s^5s+waILt=7y0!U)c%5{
+-`BN!x^hLo&L!nm-rdSJqx(W{M?%jJfu=A({uW^%Pi3kZxjVNV*`Bwfj3y`~zMFW#&UWlQ{Ndk`-H_UT*e94vuskI#a(OSri2`GXLeS-qp8x}2!*G2+3|!=6
+&m%i`*RioBUO2)a+W|&$3|N4ehY0pu_vnJU`v%6f&Pg2VhZdCmYl)RH*+!p8_8VV|$hVa-0>|6^d<c1N07G*KdBp2T>oqi&td5f_&k45d66uub(IPbZXhLH@
+8Z<&v{Db;-A>IYp9Gy2=h*xPO6B^%d;W~X=Bcq}~%viYc!>G_TDD-#!F6b39&I>+~$O!?<u25*1)W3=ukFKw_4{Ut3xA3_FktVP2mF1%l+ghDc%Y~`H5aba8
+AkY?U`2GQ$_Tdlgz&D2Pe{DflYoN-9HZq_ma2_^-h1<V3lE@UqF?5Z=-b2I^L=dR*G4$UOAtIlQ1;UiVDh@TgMJ%^eR1>~3%w2^YY2)8yqbcQ<5vdHctzmCI
+a@-yEzy(OOKcHPq5YP9A39RqH%?=!hp@W7AR~*Vno*>!|5Q;k)M1O?Hk6=BB<%~dG%rqOFPQvipafq65P?t~(N8i*GEk#x{(=q5ZEn>TKYt%T1!)t)yHNg5{
+#u_m3?a8?C8eHT`8Zt@KC?8&c$h-?No@jd{kYbD_HSJihYTfGzDeIcTKX+PmXxoHpdX?)YXB?qnH+hF_Bg`mKD{w2WBT-V&&!|GWE3|U=7&{r;`K=Ev(e`!L
+sXJP^(z4pO%OdtG_S{eI=@ji}H*5z9WYH8dZwgsq3Ymwga^2nb#}J+BxVia28AhZ@@`*;dDbCs%sg7FqrgWou-F*z)uAAI!w~^3DJtBtkZcu{d;%+cOsrAO^
+wd1*Y572A2+jk^UndULX0f=#l@D$8fFfSrRq^j-gMEUv;JcnM<
+"""
 
 
 # -- Export and import
