@@ -3763,10 +3763,13 @@ class Database(Closing):
             yield db
         time.sleep(PAUSE_FACTOR * (time.monotonic() - began))
 
-    def _repeat_step(self, step: Callable[[Connection], Counter[str]]) -> Counter[str]:
-        """Repeats a step, each time in its own transaction, until it returns no counts; returns the sum of all."""
+    def _repeat_step(self, step: Callable[[Connection], Counter[str]],
+                     prepare: Callable[[], Any] = lambda: None) -> Counter[str]:
+        """Repeats a step, each time in its own transaction, until it returns no counts; returns the sum of all. Calls
+        `prepare` before each."""
         total: Counter[str] = Counter()
         while not self._closed:
+            prepare()
             with self.writing_step() as db:
                 counts = step(db)
             if not counts:
@@ -4295,9 +4298,9 @@ class Deletion(Apps):
     def _delete_early(self, db: Connection, size: int) -> Counter[str]:
         """If the database is too large, deletes some of the oldest reports of the largest app. Steps get smaller
         towards the end, so that little more is deleted than necessary."""
-        if not self.max_db_size or (excess := self.used_size(db) - self.max_db_size) <= 0:
+        app, after = self._largest_app, self._early_seq
+        if not self.max_db_size or app.reports <= 0 or (excess := self.used_size(db) - self.max_db_size) <= 0:
             return Counter()
-        app, after = self._choose_largest_app(db), self._early_seq
         size = min(size, max(EXPIRE_ROWS, excess // app.report_bytes))
         oldest = db.execute("""
             select seq, app_id from crashes where seq > :after
@@ -4316,23 +4319,32 @@ class Deletion(Apps):
             db, kind, f"from {table} where +app_id = ? and seq > ? and seq <= ?", [(app.id, after, of_app[-1])]))
             for kind, table in TABLES.items()})
 
-    def _choose_largest_app(self, db: Connection) -> LargestApp:
-        """The largest app. It is chosen once an hour, because that goes through all rows, or when it has lost a tenth
-        of its reports: another may grow fast meanwhile. Then it begins at the oldest report, and warns the operator."""
+    def _choose_largest_app(self) -> bool:
+        """Returns whether the database is too large. If so, chooses the largest app: once an hour, because this goes
+        through all rows, or when the last one has lost a tenth of its reports, as another may grow fast meanwhile. Not
+        for a transaction that writes: this takes a second for each gigabyte."""
+        if not self.max_db_size:
+            return False
         chosen = self._largest_app
-        if chosen.reports <= 0 or not 0 <= self.now - chosen.chosen_at < HOUR:
-            step = 1 + self.used_size(db) // SAMPLED_BYTES
-            sizes = " union all ".join(
-                f"select app_id, {ROW_BYTES} + " + " + ".join(f"coalesce(length({name}), 0)" for name in _ABSENT[kind])
-                + f" as size from {table} where seq % {step} = 0" for kind, table in TABLES.items())
-            app_id, name, count, size = db.execute(f"""
-                select apps.id, name, count(*), sum(size) from ({sizes}) as reports join apps on apps.id = app_id
-                group by apps.id, name order by sum(size) desc, apps.id limit 1""").fetchone() or (0, "", 0, 0)
-            if app_id and app_id != chosen.id:
-                log.warning("the database exceeds BACKFEEDR_MAX_DB_SIZE: the oldest reports of %s are deleted", name)
-            chosen = LargestApp(app_id, self.now, max(EXPIRE_ROWS, step * count // 10), max(1, size // max(1, count)))
-            self._largest_app, self._early_seq = chosen, -1
-        return chosen
+        with self.reading() as db:
+            used_size = self.used_size(db)
+            is_too_large = used_size > self.max_db_size
+            if is_too_large and (chosen.reports <= 0 or not 0 <= self.now - chosen.chosen_at < HOUR):
+                self._largest_app = self._find_largest_app(db, 1 + used_size // SAMPLED_BYTES)
+                self._early_seq = -1
+        return is_too_large
+
+    def _find_largest_app(self, db: Connection, step: int) -> LargestApp:
+        """The app whose reports take most, judged by every report whose seq is a multiple of `step`."""
+        sizes = " union all ".join(
+            f"select app_id, {ROW_BYTES} + " + " + ".join(f"coalesce(length({name}), 0)" for name in _ABSENT[kind])
+            + f" as size from {table} where seq % {step} = 0" for kind, table in TABLES.items())
+        app_id, name, count, size = db.execute(f"""
+            select apps.id, name, count(*), sum(size) from ({sizes}) as reports join apps on apps.id = app_id
+            group by apps.id, name order by sum(size) desc, apps.id limit 1""").fetchone() or (0, "", 0, 0)
+        if app_id and app_id != self._largest_app.id:
+            log.warning("the database exceeds BACKFEEDR_MAX_DB_SIZE: the oldest reports of %s are deleted", name)
+        return LargestApp(app_id, self.now, max(EXPIRE_ROWS, step * count // 10), max(1, size // max(1, count)))
 
     def _delete_reports(self, db: Connection, kind: type, source: str, keys: Any, expired: bool = True) -> list[int]:
         """Deletes the reports of a query, also from the figures; lasting sums keep expired ones. Returns their seqs."""
@@ -4887,9 +4899,8 @@ class Store(SymbolStore):
         if is_done or not process.upkeep_lock.acquire(blocking=False):
             return
         try:
+            is_too_large = self._choose_largest_app()
             with self.reading() as db:
-                if is_too_large := 0 < self.max_db_size < self.used_size(db):
-                    self._choose_largest_app(db)  # here, because it reads all reports, and no writer waits for a read
                 is_due = is_too_large or any(db.execute("""
                     select (select min(received_at) from replays) < :replays, (select min(seq) from crashes) < :oldest,
                         (select min(seq) from events) < :oldest, exists (select 1 from regroupings),
@@ -4951,7 +4962,7 @@ class Store(SymbolStore):
     def catch_up(self) -> Counter[str]:
         """Does at once what commits would do step by step: deletes all rows that have expired or whose app is deleted.
         It also moves crashes to the groups that they belong to now. Between its steps it lets reports in."""
-        return self._repeat_step(self._upkeep_step)
+        return self._repeat_step(self._upkeep_step, self._choose_largest_app)
 
     def prune(self) -> Counter[str]:
         """Like catch_up(), but also returns the space to the disk."""
@@ -7751,7 +7762,7 @@ class _RequestParser(HTTPRequestParser):
         return consumed
 
     def parse_header(self, header_plus: bytes) -> None:
-        if _MANY_SPACES.search(header_plus):  # waitress would take the square of as many steps: 16 s for 32 kB
+        if _MANY_SPACES.search(header_plus):  # waitress takes n * n steps for n spaces: 16 s for 32 kB
             raise ParsingError("too many spaces")
         try:
             super().parse_header(header_plus)

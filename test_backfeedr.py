@@ -1867,6 +1867,11 @@ def test_a_request_counts_again_for_each_50_ms_that_it_took_to_decode(serve, clo
     clock.move(60)
     monkeypatch.setattr(time, "thread_time", lambda: next(ticks) * 0.045)
     assert [api.post(CRASHES, CRASH)[0] for _ in range(11)] == [201] * 10 + [429], "less time is not counted"
+    clock.move(60)
+    monkeypatch.setattr(time, "thread_time", lambda: next(ticks) * 1000)
+    assert [api.post(CRASHES, CRASH)[0] for _ in range(2)] == [201, 429]
+    clock.move(60)
+    assert api.post(CRASHES, CRASH)[0] == 201, "a minute later, whatever it took"
 
 
 # == Symbols ===================================================================
@@ -3525,6 +3530,16 @@ def test_a_device_whose_forgetting_was_interrupted_is_in_no_figure_of_devices_an
     assert count(server, "crashes") == 0 and (POSTGRES or backfeedr._check_roll_ups(server.store.path))
 
 
+def test_a_report_that_comes_while_its_device_is_forgotten_is_forgotten_too(keeping, monkeypatch):
+    server = keeping()
+    add(server, 3, device_id_hash="d")
+    pages = server.store._pages
+    monkeypatch.setattr(server.store, "_pages", lambda *query: add(server, device_id_hash="d") and pages(*query))
+    assert server.store.forget_device("d")["crashes"] == 5
+    assert not any(count(server, table) for table in ("crashes", "devices", "device_days", "device_hours"))
+    check_database(server, forgotten=True)
+
+
 @sqlite_only
 def test_forgetting_warns_if_a_reader_keeps_deleted_data_in_the_wal(keeping, caplog, monkeypatch):
     monkeypatch.setattr(backfeedr, "BUSY_TIMEOUT", 0.01)
@@ -3924,6 +3939,7 @@ def test_releases_beyond_the_limit_of_an_app_count_as_other(keeping, clock, monk
         clock.move(A_DAY)
     assert {row["app_version"] for row in Api(server).get("/api/v1/releases", **ADMIN)[1]["releases"]} \
         == {"(other)", *(f"1.{n}" for n in range(5))}
+    check_database(server)
 
 
 def test_releases_without_reports_make_room_for_new_ones_when_there_are_as_many_as_may_be(keeping, clock, monkeypatch):
@@ -4011,6 +4027,7 @@ def test_early_deletion_takes_from_the_app_with_the_most_bytes_and_chooses_again
         add(server, number, key=key, **fields)
         server.store.max_db_size = 1
         for _ in range(steps):  # three pass over the older reports of the other app
+            assert server.store._choose_largest_app()
             with server.store.writing() as db:
                 server.store._delete_early(db, 10)
         assert (count(server, "crashes"), count(server, "events")) == left
@@ -4036,6 +4053,7 @@ def test_early_deletion_repeats_a_step_that_failed_and_notes_what_is_gone_for_im
     clock.move(-3 * A_DAY)  # it was fast
     add(server, 30, exception_reason="x" * 20_000)
     server.store.max_db_size = 1
+    server.store._choose_largest_app()
     with server.store.writing() as db:
         server.store._delete_early(db, 10)
     assert count(server, "crashes") == 21 and backfeedr._check_roll_ups(server.store.path)
@@ -5469,6 +5487,19 @@ def test_a_reason_is_kept_no_longer_for_a_message_than_in_its_report(one_day, cl
     assert count(one_day, "messages") == 0
 
 
+def test_a_reason_that_an_older_version_stored_with_a_message_is_not_sent(one_day, clock, receiver):
+    one_day.alerts.add(receiver.url, with_reason=True)
+    add(one_day, exception_reason="Card 4111")
+    receiver.status = 500
+    assert deliver_later(one_day, clock) == ONE_FAILED
+    message = json.loads(sql(one_day, "select body from messages")[0][0])
+    message["data"]["facts"][0].update(reason="gone", text=message["data"]["facts"][0]["text"] + ": gone")
+    sql_run(one_day, f"update messages set body = '{json.dumps(message)}'")
+    receiver.status = 204
+    assert deliver_later(one_day, clock, 3600) == ONE_SENT and receiver.facts("reason") == [["Card 4111"]] * 2
+    assert receiver.facts("text")[0] == receiver.facts("text")[1]
+
+
 def test_an_address_to_which_nothing_can_be_sent_is_refused(api, monkeypatch):
     monkeypatch.setitem(sys.modules, "apprise", None)
     for url in ("", "example.com", "https://", "https://a b/", "https://a\n/", "https://a:99999/", "https://a:0/",
@@ -5693,6 +5724,11 @@ def test_figures_of_an_app_and_of_all_live_apps_are_those_worked_out_by_hand(api
 
 def assert_answers(api, expected):
     assert {path: api.get("/api/v1/" + path)[1] for path in expected} == expected
+
+
+def test_a_page_has_its_first_row_whatever_its_size():
+    for rows, limit, page in (("aaa", 2, ["aaa"]), ("aaa b", 4, ["aaa", "b"]), ("aaa bb", 4, ["aaa"]), ("", 1, [])):
+        assert list(backfeedr.rows_that_fit(rows.split(), limit, len)) == page
 
 
 @pytest.mark.parametrize("character, length, least", [
@@ -6679,6 +6715,14 @@ def test_a_payload_without_diagnostics_is_taken_and_nothing_is_stored(api):
     assert api.post(DIAGNOSTICS, body, key="nope") == (401, {"error": "invalid API key"})
     assert stored(api.server) == before
     send_apples(api, MIXED, **UNDER_A)  # the idempotency key was not used up
+
+
+@sqlite_only
+def test_a_payload_without_diagnostics_is_refused_if_another_process_has_revoked_the_key(api):
+    assert api.post(DIAGNOSTICS, SPAN) == (200, NOTHING)
+    with Store(str(api.server.store.path)) as store:
+        store.revoke_key(KEY)
+    assert api.post(DIAGNOSTICS, SPAN) == (401, {"error": "invalid API key"})
 
 
 def test_the_format_is_recognised_by_the_content_whatever_its_type_and_coding(api):

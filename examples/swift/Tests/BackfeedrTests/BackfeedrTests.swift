@@ -534,7 +534,7 @@ final class ReportTests: XCTestCase {
         equal(Set(events.map { $0["session_id"] as? String }).count, 1)
     }
 
-    func testTwoProcessesOfAnAppLoseNoEvent() async throws {
+    func testAFileThatAnotherProcessHasSentIsNotContinued() async throws {
         let script = Script(.stored), one = await Phone(transport: script.transport)
         let two = await Phone(after: one, transport: script.transport)
         one.track(["a"])
