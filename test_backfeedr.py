@@ -4016,21 +4016,23 @@ def test_a_step_of_early_deletion_reads_no_older_reports_of_other_apps_again(kee
 
 
 @sqlite_only
-def test_early_deletion_takes_from_the_app_with_the_most_bytes_and_chooses_again_after_a_tenth(keeping):
+def test_early_deletion_takes_from_the_app_with_the_most_bytes_and_chooses_again_after_a_tenth(keeping, caplog):
     server = keeping()
     shop = server.store.create_app("Shop")
     add(server, 300)
     for key, number, fields, steps, left in (
             (shop, 100, {"type": "custom", "properties": {"text": "x" * 3_000}}, 4, (300, 90)),
-            (KEY, 50, {"exception_reason": "x" * 10_000}, 1, (340, 90))):
+            (KEY, 50, {"exception_reason": "x" * 10_000}, 7, (280, 90))):
         server.store.max_db_size = 0
         add(server, number, key=key, **fields)
         server.store.max_db_size = 1
+        caplog.clear()
         for _ in range(steps):  # three pass over the older reports of the other app
             assert server.store._choose_largest_app()
             with server.store.writing() as db:
                 server.store._delete_early(db, 10)
         assert (count(server, "crashes"), count(server, "events")) == left
+        assert len(caplog.messages) == 1, "a warning for each app that loses reports"
 
 
 @sqlite_only
