@@ -1693,6 +1693,7 @@ create table regroupings (                 -- groups whose crashes may have to m
     primary key (app_id, group_hash)) without rowid;
 """
 GROUPED_LOOKUPS = 20  # instructions to look up for the group of a crash, which three names decide
+REQUEST_LOOKUPS = 100  # instructions to look up for the crashes of a request, before they are stored
 SHOWN_LOOKUPS = 1000  # instructions to look up for an answer; each takes 0.3 ms
 CACHED_PAGES = 64  # in a transaction
 INLINE_DEPTH = 100  # functions at one instruction: its own, and those that it is inlined in
@@ -1788,6 +1789,7 @@ class Symbols:
         self._held: dict[str, bool] = {}
         self._functions: dict[tuple[str, int], list[Function]] = {}  # by build and offset
         self._page: Any = None  # a cached _read_page, made late because few commits need it
+        self.max_lookups = MAX_NUMBER  # in the transaction
 
     @property
     def lookups(self) -> int:
@@ -1823,7 +1825,7 @@ class Symbols:
     def symbolicated(self, frames: Iterable[JsonObject], new_lookups: int = GROUPED_LOOKUPS) -> Iterator[JsonObject]:
         """The frames, symbolicated: each becomes a frame for every function at its instruction, innermost first. A
         frame stays as it is if its symbols are unknown, or after `new_lookups` more look-ups."""
-        max_lookups, is_return_address = self.lookups + new_lookups, False
+        max_lookups, is_return_address = min(self.lookups + new_lookups, self.max_lookups), False
         for frame in frames:
             read, functions = read_frame(frame), list[Function]()
             if read.uuid and read.offset is not None and not read.file and self.is_held(read.uuid):
@@ -4141,6 +4143,7 @@ class Commit:
         self._db, self._now, self._symbols, self._known = db, now, Symbols(db), known or KnownRows()
         self._replays: list[tuple[Any, ...]] = []  # new rows of the table `replays`
         self._key_uses: dict[tuple[int, bytes], int] = defaultdict(int)  # requests by app and key
+        self._to_move: set[str] = set()  # groups with crashes that belong to others
         # By app_id and kind: seqs, times of receipt, how far the clocks were ahead, reports. Columns, because a tuple
         # for each report would set off the garbage collector.
         self._columns: dict[tuple[int, Any], tuple[list[Any], ...]] = defaultdict(lambda: ([], [], [], []))
@@ -4167,6 +4170,7 @@ class Commit:
             if earlier and earlier[0] != request:
                 submission.error = Refusal("idempotency key reused with a different body")
                 continue
+            self._symbols.max_lookups = self._symbols.lookups + REQUEST_LOOKUPS  # as nobody else can write meanwhile
             submission.reports = reports = self.regrouped(submission.reports)  # also of a replay, for its answer
             seqs = earlier[1] if earlier else range(seq, seq + len(reports))
             if not earlier:
@@ -4188,8 +4192,16 @@ class Commit:
                     cross join replays on app_id = column1 and mark = column2""", list(marks))}
 
     def regrouped(self, reports: Reports) -> Reports:
-        """The reports, with each crash in the group that follows from the stored symbols."""
-        return [self._symbols.regrouped(report) if type(report) is Crash else report for report in reports]
+        """The reports, with each crash in the group that follows from the stored symbols. If that needs more look-ups
+        than are allowed, upkeep moves the others later."""
+        done = list[Any]()
+        for report in reports:
+            if type(report) is Crash and self._symbols.can_name(report.images):
+                report = self._symbols.regrouped(report)
+                if self._symbols.lookups >= self._symbols.max_lookups:
+                    self._to_move.add(report.group_hash)
+            done.append(report)
+        return done
 
     def add_reports(self, app_id: int, *columns: Sequence[Any]) -> None:
         """Adds reports of an app in the order of their seqs, as columns (see __init__)."""
@@ -4220,6 +4232,9 @@ class Commit:
             stored[table] += len(new)
             if kind is Crash and self._key_uses:  # an import uses no key; it must not reopen groups or alert anybody
                 crashes += new
+            if kind is Crash and self._to_move:
+                groups = self._to_move.intersection(map(attrgetter("group_hash"), reports))
+                upsert(self._db, "regroupings", [(app_id, group, 0, "") for group in groups], "seq = 0")
         write_rows(self._db, "insert into replays values *", self._replays)
         for (app_id, key), uses in self._key_uses.items():
             rollups.changes["key_days"]["requests"][app_id, self._now // DAY, key_name(key)] += uses
@@ -4235,17 +4250,17 @@ class Commit:
 
 STEP_SECONDS = 0.02  # time that a step may take to delete or move reports
 EXPIRE_ROWS = 10  # rows to delete before the first look at the clock: a row may be as large as a body
-ROW_BYTES = 300  # that a report takes beside its texts, with its index entries, about
+ROW_BYTES = 300  # that a report takes beside its texts, with its index entries, about; a replay takes half as much
 SAMPLED_BYTES = 50_000_000  # of a larger database, only every second, third, ... report is measured
 
 
 class LargestApp(NamedTuple):
-    """The app that loses reports if the database is too large."""
+    """The app that loses rows, which are reports and replays, if the database is too large."""
 
-    id: int = 0          # 0: there are no reports
-    chosen_at: int = 0   # in milliseconds
-    reports: int = 0     # that it loses before the largest app is chosen again
-    report_bytes: int = 1  # of each, on average
+    id: int = 0         # 0: there are none
+    chosen_at: int = 0  # in milliseconds
+    rows: int = 0       # that it loses before the largest app is chosen again
+    row_bytes: int = 1  # of each, on average
 
 
 class Deletion(Apps):
@@ -4296,15 +4311,18 @@ class Deletion(Apps):
         return Counter(remains=db.execute("delete from state where name = ?", (name,)).rowcount)
 
     def _delete_early(self, db: Connection, size: int) -> Counter[str]:
-        """If the database is too large, deletes some of the oldest reports of the largest app. Steps get smaller
-        towards the end, so that little more is deleted than necessary."""
+        """If the database is too large, deletes some of the oldest reports of the largest app, and its replays of that
+        time. Steps get smaller towards the end, so that little more is deleted than necessary."""
         app, after = self._largest_app, self._early_seq
-        if not self.max_db_size or app.reports <= 0 or (excess := self.used_size(db) - self.max_db_size) <= 0:
+        if not self.max_db_size or app.rows <= 0 or (excess := self.used_size(db) - self.max_db_size) <= 0:
             return Counter()
-        size = min(size, max(EXPIRE_ROWS, excess // app.report_bytes))
+        size = min(size, max(EXPIRE_ROWS, excess // app.row_bytes))
         oldest = db.execute("""
             select seq, app_id from crashes where seq > :after
             union all select seq, app_id from events where seq > :after
+            union all select first, app_id from (
+                select received_at << 20 as first, app_id from replays where received_at > :after >> 20
+                order by received_at limit :rows)
             order by seq limit :rows""", {"after": after, "rows": 10 * size}).fetchall()
         if not oldest:
             self._largest_app = LargestApp()
@@ -4314,10 +4332,14 @@ class Deletion(Apps):
         if not of_app:
             return Counter(remains=1)
         db.execute(RAISE_STATE, (f"early_{app.id}", of_app[-1]))
-        self._largest_app = app._replace(reports=app.reports - len(of_app))
-        return +Counter({table: len(self._delete_reports(  # +app_id: else SQLite reads the whole app
+        self._largest_app = app._replace(rows=app.rows - len(of_app))
+        deleted = Counter({table: len(self._delete_reports(  # +app_id: else SQLite reads the whole app
             db, kind, f"from {table} where +app_id = ? and seq > ? and seq <= ?", [(app.id, after, of_app[-1])]))
             for kind, table in TABLES.items()})
+        deleted["replays"] = db.execute(
+            "delete from replays where +app_id = ? and received_at >= ? and received_at <= ?",
+            (app.id, max(after, 0) >> SEQ_BITS, of_app[-1] >> SEQ_BITS)).rowcount
+        return +deleted
 
     def _choose_largest_app(self) -> bool:
         """Returns whether the database is too large. If so, chooses the largest app: once an hour, because this goes
@@ -4329,16 +4351,17 @@ class Deletion(Apps):
         with self.reading() as db:
             used_size = self.used_size(db)
             is_too_large = used_size > self.max_db_size
-            if is_too_large and (chosen.reports <= 0 or not 0 <= self.now - chosen.chosen_at < HOUR):
+            if is_too_large and (chosen.rows <= 0 or not 0 <= self.now - chosen.chosen_at < HOUR):
                 self._largest_app = self._find_largest_app(db, 1 + used_size // SAMPLED_BYTES)
                 self._early_seq = -1
         return is_too_large
 
     def _find_largest_app(self, db: Connection, step: int) -> LargestApp:
-        """The app whose reports take most, judged by every report whose seq is a multiple of `step`."""
+        """The app whose reports and replays take most, judged by each whose seq is a multiple of `step`."""
         sizes = " union all ".join(
             f"select app_id, {ROW_BYTES} + " + " + ".join(f"coalesce(length({name}), 0)" for name in _ABSENT[kind])
             + f" as size from {table} where seq % {step} = 0" for kind, table in TABLES.items())
+        sizes += f" union all select app_id, {ROW_BYTES // 2} from replays where first_seq % {step} = 0"
         app_id, name, count, size = db.execute(f"""
             select apps.id, name, count(*), sum(size) from ({sizes}) as reports join apps on apps.id = app_id
             group by apps.id, name order by sum(size) desc, apps.id limit 1""").fetchone() or (0, "", 0, 0)
@@ -5302,17 +5325,18 @@ class Alerts:
         """Makes a message of a channel's facts, unless the oldest is less than a minute old."""
         with self._store.writing() as db:  # waits for other commits, so no fact with a lower id can come later
             rows = dict_rows(db, """
-                select kind, at, name as app, group_hash, detail from facts join apps on apps.id = app_id
+                select facts.id, kind, at, name as app, group_hash, detail from facts join apps on apps.id = app_id
                 where facts.id > :last_fact and (app_id = :app_id or :app_id is null and is_test = 0)
                     and instr(',' || :kinds || ',', ',' || kind || ',')
-                order by facts.id""", channel)
+                order by row_number() over (partition by app_id order by facts.id), facts.id  -- so no app hides another
+                """, channel)
             if rows and self._store.now - FACT_DELAY < rows[0]["at"] <= self._store.now:
                 return
             is_first = db.execute("""
                 update channels set last_fact = (select coalesce(max(id), last_fact) from facts)
                 where id = :id and last_fact = :last_fact""", channel).rowcount  # 0 if another process was first
             if rows and is_first:
-                facts = list(map(self._fact_json, rows[:MAX_FACTS]))
+                facts = list(map(self._fact_json, sorted(rows[:MAX_FACTS], key=itemgetter("id"))))
                 counts = Counter(row["kind"].rpartition(".")[2] for row in rows)
                 title = "backfeedr: " + ", ".join(f"{count:,} {word}" for word, count in counts.items())
                 body = self._message_body(rows[0]["kind"], title, facts, len(rows) - len(facts))
@@ -5910,7 +5934,8 @@ class GroupMetrics(PublicMetrics):
         app, version, build, trace = db.execute("""
             select name, app_version, build_number, stack_trace from (
                 select * from crashes where seq in (
-                    select seq from crashes where app_id = ? and group_hash = ? order by seq desc limit 20)) as latest
+                    select seq from crashes where app_id = ? and group_hash = ? and group_hash <> '(other)'
+                    order by seq desc limit 20)) as latest  -- '(other)' may have very many
             join apps on apps.id = app_id
             where instr(images, ?)
             order by seq desc limit 1""", (app_id, group_hash, uuid)).fetchone() or [None] * 4

@@ -2357,6 +2357,23 @@ def group_of_crash(api, clock, *place, **fields):
     return api.post(CRASHES, shop_crash(*place, occurred_at=time_text(clock.seconds), **fields))[1]["group_hash"]
 
 
+def test_a_request_with_many_instructions_to_look_up_is_stored_at_once_and_its_crashes_move_later(
+        api, monkeypatch):
+    upload(api.server)
+    wait_for_catch_up()
+    monkeypatch.setattr(backfeedr, "REQUEST_LOOKUPS", 1)
+    monkeypatch.setattr(api.server.store, "_upkeep_if_due", lambda: None)
+    sent = [{**CRASH, "stack_trace": [frame_of(HELD, offset + 1) for offset in offsets]}
+            for offsets in ((1008, 1000), (1000,), (1004, 1000))]
+    api.server.store.add(KEY_HASH, list(map(parse_crash, sent)))
+    assert count(api.server, "regroupings") == 3
+    api.server.store.catch_up()
+    assert count(api.server, "regroupings") == 0
+    groups = [group for group, in sql(api.server, "select group_hash from crashes order by seq")]
+    monkeypatch.setattr(backfeedr, "REQUEST_LOOKUPS", 100)
+    assert groups == [api.post(CRASHES, crash)[1]["group_hash"] for crash in sent] and len(set(groups)) == 2
+
+
 def group_rows(server):
     return sorted(sql(server.store.path, "select group_hash, first_version, place from groups"))
 
@@ -4036,6 +4053,25 @@ def test_early_deletion_takes_from_the_app_with_the_most_bytes_and_chooses_again
 
 
 @sqlite_only
+def test_early_deletion_takes_replays_of_the_app_that_made_them(keeping, clock):
+    server, event = keeping(), [parse_event(dict(EVENT))]
+    shop = server.store.create_app("Shop")
+    add(server, 20, key=shop)
+    server.store.add(backfeedr.sha256(shop), event, Idempotency((b"shop",), b"request"))
+    for number in range(100):
+        clock.move(1)
+        server.store.add(KEY_HASH, event, Idempotency((b"key %d" % number, b"signature %d" % number), b"request"))
+    server.store.max_db_size = 1
+    for left in 90, 80, 70:  # of the requests, each with a row in `events` and two in `replays`
+        assert server.store._choose_largest_app()
+        with server.store.writing() as db:
+            server.store._delete_early(db, 30)
+        assert (count(server, "events", "app_id = 1"), count(server, "replays", "app_id = 1")) == (left, 2 * left)
+    server.store.max_db_size = 0
+    assert (count(server, "crashes"), count(server, "replays", "app_id = 2")) == (20, 1)
+
+
+@sqlite_only
 def test_early_deletion_repeats_a_step_that_failed_and_notes_what_is_gone_for_imports_and_check(keeping, clock):
     server = keeping()
     shop, seqs = server.store.create_app("Shop"), add(server, 30).seqs
@@ -5416,6 +5452,16 @@ def test_facts_are_kept_only_while_there_is_a_channel_for_them(server, clock, re
     server.alerts.remove(number)
     with pytest.raises(StoreError, match=f"there is no channel {number}"):
         server.alerts.remove(number)
+
+
+def test_a_flood_of_facts_of_one_app_hides_no_fact_of_another(server, clock, receiver):
+    server.store.create_app("Shop")
+    server.alerts.add(receiver.url)
+    note(server, times=50)
+    note(server, app="Shop", kind="crash.regressed")
+    note(server, times=50)
+    assert deliver_later(server, clock) == ONE_SENT
+    assert receiver.facts("app") == [["default"] * 9 + ["Shop"]] and receiver.bodies[0]["data"]["more"] == 91
 
 
 def test_a_channel_gets_the_facts_it_asked_for_of_its_app_or_of_all_live_apps(server, clock, receivers):
