@@ -1623,7 +1623,7 @@ def verify(key: bytes, timestamp: bytes, signature: bytes, body: bytes, now: int
 # The times of each key's latest requests. A counter per minute would be smaller, but would allow twice the limit around
 # the turn of a minute. At most `limit` times are kept for a key, and only existing keys get here.
 
-REQUEST_SECONDS = 0.02  # of CPU: a request counts once more for each, if it takes so long to decode
+REQUEST_SECONDS = 0.1  # of CPU: a request counts once more for each, if it takes so long to decode
 
 
 class RateLimiter:
