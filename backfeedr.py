@@ -3827,7 +3827,7 @@ class Database(Closing):
         with self.reading() as db:
             is_busy, *_ = db.execute("pragma wal_checkpoint(truncate)").fetchone()
         if is_busy:
-            log.warning("the WAL keeps deleted data for now, because another program reads the database")
+            log.warning("the WAL keeps deleted data until another program ends its read of the database")
 
 
 def _prepare_file(path: Path, may_create: bool) -> None:

@@ -3566,7 +3566,7 @@ def test_forgetting_warns_if_a_reader_keeps_deleted_data_in_the_wal(keeping, cap
         reader.execute("begin")
         reader.execute("select * from crashes").fetchall()
         server.store.forget_device("person")
-        assert "the WAL keeps deleted data for now" in caplog.text
+        assert "the WAL keeps deleted data until another program ends its read" in caplog.text
         caplog.clear()
     server.store.prune()
     assert caplog.text == "" and b"person" not in b"".join(
