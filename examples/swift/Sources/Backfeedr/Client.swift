@@ -13,7 +13,8 @@ extension Backfeedr {
         static let maxPending = 2_000, grace = 30.0, tick = 30.0, markAge = 172_800.0
         static let maxFiles = 100, maxBytes = 5_000_000, maxBatch = 100, fullBytes = 256_000, maxBody = 1_000_000
         static let firstPause = 30.0, maxPause = 3_600.0, maxAsked = 86_400.0, maxLeftOut = 10
-        static let paths = ["crash": "crashes", "events": "events/batch", "diagnostics": "diagnostics"]
+        static let paths = ["crash": "crashes", "events": "events/batch", "batch": "events/batch",
+                            "diagnostics": "diagnostics"]
 
         nonisolated let folder: URL, now: @Sendable () -> Date, front: Locked<Front>
         private let base: URL, key: String, transport: Transport
@@ -253,10 +254,18 @@ extension Backfeedr {
 
         private func sendAll() async {
             defer { sending = nil }
-            while let name = names().min(by: { (stumbles[$0] ?? 0, $0) < (stumbles[$1] ?? 0, $1) }) {
-                if name == batch?.name { batch = nil }  // no event is added to a body that may be stored
+            while let next = names().min(by: { (stumbles[$0] ?? 0, $0) < (stumbles[$1] ?? 0, $1) }) {
+                if next == batch?.name { batch = nil }
+                let name = closed(next)
                 guard await settle(name, post(name)) else { return }
             }
+        }
+
+        /// Renames a file of events, so that no process of the app adds an event to a body that may be stored already.
+        /// Returns the new name.
+        private func closed(_ name: String) -> String {
+            let closed = name.replacingOccurrences(of: "-events-", with: "-batch-")
+            return (try? FileManager.default.moveItem(at: url(name), to: url(closed))) == nil ? name : closed
         }
 
         private func post(_ name: String) async -> Answer? {
@@ -264,7 +273,9 @@ extension Backfeedr {
                 stumbles[name, default: 0] += 1
                 return nil
             }
-            if kind == "events" { body = Data("{\"events\":[".utf8) + events(name).joined(separator: [44]) + "]}".utf8 }
+            if Client.paths[kind] == "events/batch" {
+                body = Data("{\"events\":[".utf8) + events(name).joined(separator: [44]) + "]}".utf8
+            }
             let timestamp = rfc3339(now().addingTimeInterval(ahead))  // for each attempt: valid for five minutes
             var request = URLRequest(url: base.appendingPathComponent(Client.paths[kind] ?? ""))
             request.httpMethod = "POST"

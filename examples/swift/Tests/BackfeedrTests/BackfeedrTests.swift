@@ -547,6 +547,24 @@ final class ReportTests: XCTestCase {
         equal(Set(script.requests.map { $0.value(forHTTPHeaderField: "Idempotency-Key") }).count, 3)
     }
 
+    func testAnEventThatComesWhileAnotherProcessSendsItsFileIsSentInAFileOfItsOwn() async throws {
+        let script = Script(.stored), isFirst = Locked(true), one = await Phone(transport: script.transport)
+        let two = await Phone(after: one, transport: { request in
+            if isFirst.with({ isFirst in defer { isFirst = false }; return isFirst }) {
+                one.track(["b"])
+                await one.client.gather()
+            }
+            return try await script.transport(request)
+        })
+        one.track(["a"])
+        await one.client.gather()
+        check(await two.flush())
+        equal(script.bodies.map { $0.components(separatedBy: #""name":""#).dropFirst().map { $0.prefix(1) } },
+              [["a"], ["b"]])
+        equal(Set(script.requests.map { $0.value(forHTTPHeaderField: "Idempotency-Key") }).count, 2)
+        equal(await one.files, [])
+    }
+
     func testDisablingCancelsARunningRequest() async {
         let isRunning = Locked(false), isCancelled = Locked(false)
         let phone = await Phone(transport: { _ in
