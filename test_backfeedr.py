@@ -22,6 +22,7 @@ import http.server
 import importlib.util
 import io
 import json
+import lzma
 import math
 import os
 import plistlib
@@ -10125,31 +10126,25 @@ def test_the_swift_packages_privacy_manifest_matches_its_readme():
 
 # The image of a dSYM for arm64, DWARF 5, compressed. Made from two C files with `clang -target arm64-apple-ios15.0
 # -gdwarf-5 -O1 -ffile-prefix-map=$PWD=/secret/Shop -fdebug-compilation-dir=/secret/Shop -c`, `ld64.lld -arch arm64
-# -platform_version ios 15.0 15.0` and dsymutil (LLVM 21, 14 and 19). In basket.c, basket_sum (line 13) has price_of
-# (line 3) inlined in its line 17, and calls discount (line 8), which is static. In main.c, pay (line 5), whose symbol
-# is a mangled Swift name, calls basket_sum, and main (line 11) calls pay.
+# -platform_version ios 15.0 15.0` and dsymutil (LLVM 21, 14 and 19); then its tables that nobody reads were zeroed. In
+# basket.c, basket_sum (line 13) has price_of (line 3) inlined in its line 17, and calls discount (line 8), which is
+# static. In main.c, pay (line 5), whose symbol is a mangled Swift name, calls basket_sum, and main (line 11) calls pay.
 SHOP_UUID = "4C4C4477-5555-3144-A1A5-8052A9FBFB44"
-SHOP_IMAGE = zlib.decompress(base64.b64decode(
-    "eNrtWt1vFFUUv3dnZrvd6bbbbku7/ZBFFygJdHf7SQuBIi3QWmWtIKCJw37Mtgvt7rKzpQUrLe0DmBACCCYSkgaJBo2YEB9MUB94MvEBo/+BvqAP"
-    "fTExEYnGc+690267rdbEF5M5yem559xzf+ece2emO3fut7/P/1lCCCVATuAi4EaFLFAdcA3wwEDP+OHDoZ7bH0wPfvT0aU+zsNuYV5lgrqOduAlB"
-    "mDDIfpBe4APAmhbes7/3td7Bg6SAKPlnQpyfGM6h3qOHVhg/vfI4RbBN6JqW0ydyi/0FeN0c73qeyZYPKC+NpGljqfFkKq4lU4n0CnjXBV63exW8"
-    "Ferk8zXQ99ILvT19Jta0qNPEEfJm3hzQZTjDEuL0HNkzuG+x48oyHJ8wF3GJQhLXBK8vrkfHhrSRZErn+sp4T8hSvNXIxItkI6kh3SjAeyLwjpv6"
-    "GvFG0rGRpJEzluMdu8rx3jb1DWvMLx7PrlTvjwLvqKmvEU9cHgV4Xdc4XkosXteza8wvGs3qpwvx7r7D8YYF3t3n1oZn5LJkpfzcNzjeL6a+cc14"
-    "WjqRKFgP27scL2zqm9a4vnD9MdBleIMCr8HU14iXiozC1VdYb0bg+cT8ZTb9/f1qkUUWWWSRRRZZZJFF/wfC37Sl8Bs3LN5PS/BNHhqXhF4hdPN9"
-    "+BmhZ4TeznR33vu7Fk8asfRYKke00UgyRbRoxDip5zRjbJRofqP1leF0pv15ZtvbkomcOXNmH/z6Hh3W9Ak9NpbTtWE9Etez1tJYZJFFFllkkUUW"
-    "WWSRRRZZZNF/RpcJfhd3kA58f6f0aakLhfiKDI317KVeouttqvIMdaHyB6n7+tq9+d2P3//4e7W6w0mKbebugEwkF1UU55d2KTMjufuVCrs01q+4"
-    "pJJ+pbJPUez9UuYBGiv6Fbd9RlHUfqXE7pQmHkCf4xObDCFj/yqjdaj4r3ue7H90e5v+RuC3h5EHb0JGmYWMqpUy56zinoUIPNoFmwNwthLzg56D"
-    "z4QYkFllorj/owV/M4B/Ff+IKINvjMiknoblep+UcczJrdtpmNukU1Nzcr1fmjg3J/sbpYkp7EQjobJM3FI5mZPdjTQmN27FNqGSCSTfoeE59pE9"
-    "P4gb+tz1vI9SmcgQaKvpIxKuF7JbyIWdn7yC0N8scFpIc0foipDfMD/q4LEbCLWJiSQSm0TUYEGlNrQoROrELtmuyMouaNj3wp8iBVbCUdTGIRwO"
-    "3pBJMfssTEeLiQtNTtyUchIXIjixZJXb1d1sw6oM2yV+PhSo3O2iYayalN7HHMpo2DYLDbeEY2naRVgg52E2mgclt5ZVU8qqucaqQejtCEzqWVpl"
-    "bqLgN2PnKZaXMo65nGdoRWgvPY5uZfRl2gKxJVgNQiqKiQ37POjsMRbmYhLnAsdWKlUsJE2XExX712FYCQBoEM3ldGOtR5FqZyZrs9Xu6rraH6a8"
-    "5XUVdqMaSmyiUm2XukPd7O3zgN23gfI5Z8Y+D8Tyg7JLVVWosoygxb6JiSIPDFVV9IMlc4FXnweV7aAWN1GM0F1z1rsIv9sLAaBshdiqF/HV1iVq"
-    "SQMNeXDsUfWYegSgXOBeE4Ke0gN0yvNWHSFlfWA5VwPLwqM8nvIuDcTClC+mkKotSKIiv+6dXmH1KKyySg8UsxP0qlUCCPd1mNEM9Z6neNaJxEYi"
-    "qSHfaT1rJNMpX3OoKdgU9DUO53IZoysQGErmhseiTbH0aMAYTyZy6BwYGTk9ui2TTZ/QY7km8PCFQu0dLXp7e3sw2hwPRtoSnYnOzmgo1hHt6GhJ"
-    "tMaaE+3xRCga3EL43mhTjARIwNBjWT0XwP1RkskmY7qWThB23iaZypGYnsoZJJPUY7pB8rZU0cEgfMMV9YXdV9x8BeDVtlxBMBcyQPjJKLyn8WjK"
-    "BPBZ4AuEHeohN4DfA54D/hAY76nPgb8CfiieA98B/ww8D7ykjoX6RDbw9Fp6Dst8ACNvEXJg4NUXgx1BvOzZA5cKf4k9z/l4O+FnlNA/OH1RvaoX"
-    "f3Fi6ubkZ+Mlm0fuVNXfq7o5+emvl04evHVRvSEynBcVmJU9FFkj4X+2SsLPu+HRm23ArcA7ML6fqpJH9rIbTbSkBtbCW8tj2iDRNvZPi93eNurn"
-    "YpYJ8jp/NF4WQaCSvbzjfp43+Qt3Qa0l"))
+SHOP_IMAGE = lzma.decompress(base64.b85decode(
+    "000010RR90|NsC0{{Uyeg%?G#U|nQSRe)1i8Mk*9CUrQbsEEM&)nH5V4=H=wkypk4&1E3{D<JiH8gtZ*$z;@%i%#mkd6i=yxiy9!q7wbC-xR9tGIt"
+    "1|CPkUqOf2YQX%#Ek&GnLbnqKhBtBviMm<Wi7U!)uBB>0p?MbjYC^of;idICx$+x8N^vyzwE_G$T@wJC#f>cOA@{nhY0jFU1<5Q!~~izq^W*W0WSo"
+    "dM6usZ?b07&jYY+tp-f8blC8o%)aJuum`*0FYg}xQgxhOKX1y^r|*VOEsF2OTLak+9IzPm&7GuR9;w)o2e-a9M^n!Zq{Fqa7^5{Yic2_Z-@BH@t-$"
+    "_N?M1HzU8yTFj}t2l<9d080Gr%(Bu2I#|LtiZNj9Ht**!Jz1pE|H*P|^&~L5DBs56Wr&&~&0p!KBCMH_b!Nok8a;0tPG`z~BMwH2D4W>Vv-|biTdd"
+    "$4L9=+;@{hu?y&Ahi|_ToxeEft}?f4r)kvBdXI)|2?4HGeF=$}{|vfo)R27$l^$F8oM&`$r~W?dxA5m+nRGHRSt_ABkNej#mKE*$JU)6TfvZo44@z"
+    "PpT8gU#1`@?@WPJ3{j0XPgg^oob^J%OF!6w4N1FJ)oMgmC&xE0s=5UyS3vBH_$(xTtnQ*GsGi5x9owtMT?3h#*fUk-l9(&|i_y#ZU@=hC^ttorP*h"
+    "9wf-p@muC|VgHflkJ4m)+*eMjKoY!Ci5wws%02hM4)-M1OZ(HN@^h3Y%=cOb%0yV;rR9pjk6*YsYmfLzug!S?vh(n?~4EqV21HgR{Y|K7a}C_HOw$"
+    "r~IXedrjz6UT|YV9)ru_lM|ug+(*`Qrd$(eOqQzS(Fdxy)NNM`f8XM@Rl@OS%@pF<=Z3(`Yc<#+kPQbFjwgHQh9%e5KnfzcPaOH?(x(rttjM(J?h)"
+    "4FFkJPl~*DWFtkq1j8<-5hUGG2^}-)eVjBJ34ALFFqfJ3$@K<cIe9*AIL>9ZW$vU-Hx5*v>P5mzF68A8`NyCoCf3=0Xi`&1kEz{J$0;Sk#E<!?up~"
+    "U%AhsEL3pjD^4M<7<8W80hea>yhpK-14PvXmf~oTYld`Q)&h@xHY01DQVj-zGszY3y{dHpu3-9{61ZvRe+|bHWd9>aOkQc0yg)TM&HG!XU-V0S<ye"
+    "Q^{nTDDD#%=WB%BC3Wvl_wur!Q2NJVhR3g{G5W_5DByZe_|z!=2zoqq$@RueJA_ZuO%pv<^PW-x8XiQ(A+!Z*OieP26-I?SPmCVS!qRr0N%h;H!L_"
+    "QwLD>1nZS&vPF3QApv++wpW+Op&+WKMapW-<MYsXdP!&`Va)#f=`kbEh9CrHQi1c>_2!2EXwK=fDR34!bEqPHe?rG;NvE{hXgcwJK3CL0zHx(XcmE"
+    "2%2kAGBS$Ko|#L&8cdI*D7Aof{c``k86}BPiXOVX!#mRpS59T;cE>L$~cYe(>l8tjQ*=@^%`^h_#2@#Abk@wYv07mq~5O}RHLladSp(st!J~$)DKP"
+    "SPAp7v4W{MCI%&8hqSJF(+A#OsKiSj}3!w0^<tH5X;3LpG1D~5Werv}6^Uzre"))
 SHOP_SYMBOLS = {  # an offset from the image's start, and what is there, innermost first
     0x3FFC: [], 0x4000: [("basket_sum", "basket.c", 14)], 0x4018: [("basket_sum", "basket.c", 16)],
     0x401C: [("price_of", "basket.c", 5), ("basket_sum", "basket.c", 17)],  # its first and last instruction:
@@ -10158,46 +10153,7 @@ SHOP_SYMBOLS = {  # an offset from the image's start, and what is there, innermo
     0x4070: [("Basket.pay()", "main.c", 6)], 0x407C: [("Basket.pay()", "main.c", 7)],
     0x4088: [("Basket.pay()", "main.c", 8)], 0x4090: [("main", "main.c", 13)], 0x4094: []}
 OTHER_UUID = "00112233-4455-6677-8899-AABBCCDDEEFF"
-MISSING = {"uuid": OTHER_UUID, "binary": "Shop", "app": "Shop", "app_version": "1.3.0", "build_number": "48",
-           "crashes": 1037}
 SENT = f"Shop {SHOP_UUID} arm64: 15 rows, sent"
-
-
-class SymbolStore:
-    """A script for `scripted`: a server that stores symbols."""
-
-    def __init__(self, held=(), missing=()):
-        self.held, self.missing, self.parts = dict.fromkeys(held, True), missing, defaultdict(dict)
-
-    def __call__(self, request):
-        if request.method == "GET":
-            return 200, {"symbols": [{"uuid": uuid, "complete": complete} for uuid, complete in self.held.items()],
-                         "missing": [each for each in self.missing if each["uuid"] not in self.parts]}
-        assert request.headers["Content-Encoding"] == "gzip"
-        body, uuid = gzip.decompress(request.body), request.path.rpartition("/")[2]
-        assert len(body) <= 1_048_576
-        part = json.loads(body)
-        held = self.parts[uuid]
-        held[part["part"]] = part
-        return 201, {"uuid": uuid, "parts": part["parts"], "received": len(held),
-                     "complete": len(held) == part["parts"]}
-
-    def rows(self, uuid):
-        """The start of each row of an image and its functions, innermost first."""
-        for _, part in sorted(self.parts[uuid].items()):
-            for page in part["pages"]:
-                at, strings = page["first"], page["strings"]
-                assert page["rows"][0] == 0 and len(page["rows"]) <= 1_000 and max(map(len, strings)) <= 1_000
-                for delta, frame in zip(page["rows"][::2], page["rows"][1::2]):
-                    at, chain = at + delta, []
-                    while frame >= 0:
-                        name, file, line, frame = page["frames"][4 * frame:4 * frame + 4]
-                        chain.append((strings[name], strings[file] if file >= 0 else None, line))
-                    yield at, chain
-
-    def at(self, uuid, offset):
-        """The functions at an offset of an image."""
-        return [[], *(chain for start, chain in self.rows(uuid) if start <= offset)][-1]
 
 
 @pytest.fixture
@@ -10213,19 +10169,26 @@ def symbols_module(monkeypatch):
 
 
 @pytest.fixture
-def send_symbols(symbols_module, capsys, monkeypatch, tmp_path):
-    """Runs examples/symbols.py with a scripted server in a new folder, without demanglers; see `command`."""
+def send_symbols(server, symbols_module, capsys, monkeypatch, tmp_path):
+    """Runs examples/symbols.py with `server` in a new folder, without demanglers; see `command` and `scripted`."""
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PATH", str(tmp_path))
 
-    def run(script, *arguments):
-        with scripted(script if isinstance(script, list) else [script]) as (url, requests):
+    def run(*arguments, script=None):
+        with scripted([script], server) as (url, requests):
             status = symbols_module.main(["--server", url, *map(str, arguments)])
         assert {each.headers["Authorization"] for each in requests} <= {f"Bearer {TOKEN}"}
+        for each in requests:
+            assert each.method == "GET" or b"secret" not in gzip.decompress(each.body), "the folder of the sources"
         return status, *capsys.readouterr()
     return run
+
+
+def held_by(server):
+    """The builds whose symbols a server has."""
+    return {uuid for uuid, in sql(server, "select uuid from symbols where received = parts")}
 
 
 def dsym(name="Shop", uuid=SHOP_UUID, folder=".", image=SHOP_IMAGE):
@@ -10256,41 +10219,39 @@ def fat(*slices):
     return head.ljust(at, b"\0") + body
 
 
-def test_symbols_are_sent_with_names_lines_and_inlined_functions_but_without_folders(send_symbols, tmp_path):
-    demangler, store = tmp_path / "swift-demangle", SymbolStore()
+def test_symbols_are_sent_with_names_lines_and_inlined_functions_but_without_folders(send_symbols, server, tmp_path):
+    demangler = tmp_path / "swift-demangle"
     demangler.write_text("#!/bin/sh\nwhile read -r name; do echo 'Basket.pay()'; done\n")
     demangler.chmod(0o755)
-    assert send_symbols(store, dsym()) == (0, SENT + "\n", "")
-    part, = store.parts[SHOP_UUID].values()
-    assert {name: part[name] for name in ("binary", "arch", "part", "parts")} == {
-        "binary": "Shop", "arch": "arm64", "part": 0, "parts": 1}
-    assert {offset: store.at(SHOP_UUID, offset) for offset in SHOP_SYMBOLS} == SHOP_SYMBOLS
-    starts = [start for start, _ in store.rows(SHOP_UUID)]
-    assert starts == sorted(set(starts)) and len(starts) == 15 and "secret" not in json.dumps(part)
+    assert send_symbols(dsym()) == (0, SENT + "\n", "")
+    assert sql(server, "select uuid, binary_name, arch, parts, rows from symbols") == [
+        (SHOP_UUID, "Shop", "arm64", 1, 15)]
+    assert {offset: functions_at(server, offset, SHOP_UUID) for offset in SHOP_SYMBOLS} == SHOP_SYMBOLS
 
 
-def test_names_stay_mangled_without_a_demangler_and_the_output_says_so(send_symbols):
-    store = SymbolStore()
-    assert send_symbols(store, dsym()) == (0, f"{SENT}, Swift names as they are: swift-demangle is missing\n", "")
-    assert store.at(SHOP_UUID, 0x4070) == [("$s4Shop6BasketC3payyyF", "main.c", 6)]
+def test_names_stay_mangled_without_a_demangler_and_the_output_says_so(send_symbols, server):
+    assert send_symbols(dsym()) == (0, f"{SENT}, Swift names as they are: swift-demangle is missing\n", "")
+    assert functions_at(server, 0x4070, SHOP_UUID) == [("$s4Shop6BasketC3payyyF", "main.c", 6)]
 
 
-def test_complete_builds_are_skipped_incomplete_ones_are_sent_and_missing_ones_are_named(send_symbols):
-    store, paths = SymbolStore([SHOP_UUID], [MISSING]), [dsym(), dsym("Kit", OTHER_UUID, "b")]
-    skipped = f"Shop {SHOP_UUID} arm64: held already\n"
-    assert send_symbols(store, paths[0]) == (
+def test_complete_builds_are_skipped_incomplete_ones_are_sent_and_missing_ones_are_named(send_symbols, server):
+    upload(server, uuid=SHOP_UUID)
+    add(server, 1037, app_version="1.3.0", build_number="48", stack_trace=[frame_of(OTHER_UUID)])
+    paths, skipped = [dsym(), dsym("Kit", OTHER_UUID, "b")], f"Shop {SHOP_UUID} arm64: held already\n"
+    assert send_symbols(paths[0]) == (
         0, f"{skipped}still missing: Shop 1.3.0 (48), {OTHER_UUID}: 1,037 crashes\n", "")
-    assert not store.parts and send_symbols(store, "--quiet", paths[0]) == (0, "", "")
-    status, out, err = send_symbols(store, *paths)
-    assert (status, [*store.parts], err) == (0, [OTHER_UUID], "") and "missing: Shop" not in out
-    store.held[SHOP_UUID] = False
-    assert send_symbols(store, paths[0], paths[0])[1].splitlines()[1:] == skipped.splitlines()
-    assert set(store.parts) == {SHOP_UUID, OTHER_UUID}
+    assert send_symbols("--quiet", paths[0]) == (0, "", "") and functions_at(server, 1000, SHOP_UUID) == [TOTAL]
+    status, out, err = send_symbols(*paths)
+    assert (status, err, held_by(server)) == (0, "", {SHOP_UUID, OTHER_UUID}) and "missing: Shop" not in out
+    server.store.delete_symbols(SHOP_UUID)
+    upload(server, BOTH_PARTS[0], SHOP_UUID)
+    assert send_symbols(paths[0], paths[0])[1].splitlines()[1:] == skipped.splitlines()
+    assert held_by(server) == {SHOP_UUID, OTHER_UUID}
 
 
 def test_progress_is_one_line_on_a_terminal_only(send_symbols, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    status, out, err = send_symbols(SymbolStore(), dsym())
+    status, out, err = send_symbols(dsym())
     assert (status, out.count("\n"), err.count("\n")) == (0, 1, 0)
     shown = [text.partition("arm64: ")[2] for text in err.split("\r\033[K")]
     assert shown == ["", "reading, 99 %", "demangling 1 names", "sending part 1 of 1", ""], "the last clears the line"
@@ -10320,18 +10281,17 @@ def path_of_kind(kind):
 
 @pytest.mark.parametrize("kind", ["Mach-O", "zip", "zips in a folder", "zip in a zip", "links in a folder",
                                   "archive", "folder"])
-def test_images_are_found_in_each_kind_of_path(send_symbols, kind):
-    store = SymbolStore()
-    status, out, err = send_symbols(store, path_of_kind(kind))
+def test_images_are_found_in_each_kind_of_path(send_symbols, server, kind):
+    status, out, err = send_symbols(path_of_kind(kind))
     assert (status, err, len(out.splitlines())) == (0, "", 2), out
     for uuid in (SHOP_UUID, OTHER_UUID):
-        assert store.at(uuid, 0x401C) == SHOP_SYMBOLS[0x401C]
+        assert functions_at(server, 0x401C, uuid) == SHOP_SYMBOLS[0x401C]
 
 
 @pytest.mark.parametrize("variable", ["DWARF_DSYM_FOLDER_PATH", "CI_ARCHIVE_PATH"])
 def test_a_build_in_xcode_needs_no_path(send_symbols, monkeypatch, variable):
     monkeypatch.setenv(variable, str(dsym().absolute().parent))
-    assert send_symbols(SymbolStore())[0] == 0
+    assert send_symbols()[0] == 0
 
 
 NO_MACHO = "it is not a complete zip or Mach-O file"
@@ -10365,19 +10325,19 @@ def damaged(path):
     (lambda: dsym(image=with_text_at(0x100004000, 0x4001)), f"Shop.dSYM: Shop: {NO_MACHO}"),
     (lambda: dsym(image=with_text_at(0xffffc000, 0x94)), f"Shop.dSYM: Shop: {NO_MACHO}"),
     (lambda: damaged(zipped("a.zip", dsym())), "a.zip: cannot read it: *")])
-def test_an_unreadable_path_is_one_line_and_the_next_is_sent(send_symbols, make, line):
-    path, store = make(), SymbolStore()
-    check_one_line(send_symbols(store, path), f"symbols: {line}")
-    status, _, err = send_symbols(store, path, dsym("Kit", OTHER_UUID, "b"))
-    assert (status, [*store.parts]) == (1, [OTHER_UUID]) and fnmatch.fnmatchcase(err, f"symbols: {line}\n"), err
+def test_an_unreadable_path_is_one_line_and_the_next_is_sent(send_symbols, server, make, line):
+    path = make()
+    check_one_line(send_symbols(path), f"symbols: {line}")
+    status, _, err = send_symbols(path, dsym("Kit", OTHER_UUID, "b"))
+    assert (status, held_by(server)) == (1, {OTHER_UUID}) and fnmatch.fnmatchcase(err, f"symbols: {line}\n"), err
 
 
 def test_an_image_without_debug_information_is_reported_and_is_an_error_if_it_is_the_only_one(send_symbols):
     dsym("Kit", OTHER_UUID, image=STRIPPED)
     reported = f"Kit {OTHER_UUID} arm64: no debug information\n"
-    assert send_symbols(SymbolStore(), "Kit.dSYM") == (1, reported, "symbols: no debug information in Kit.dSYM\n")
+    assert send_symbols("Kit.dSYM") == (1, reported, "symbols: no debug information in Kit.dSYM\n")
     dsym()
-    status, out, err = send_symbols(SymbolStore(), ".")
+    status, out, err = send_symbols(".")
     assert (status, out.startswith(reported + SENT), err) == (0, True, "")
 
 
@@ -10394,9 +10354,8 @@ UNUSABLE_SERVER = [  # an answer that the next image would also get, and the lin
 @pytest.mark.parametrize("answer, line", UNUSABLE_SERVER)
 @pytest.mark.parametrize("part", [False, True])
 def test_a_server_that_accepts_no_symbols_is_one_line_and_gets_no_further_image(send_symbols, answer, line, part):
-    store = SymbolStore()
-    paths = dsym(), dsym("Kit", OTHER_UUID, "b")
-    outcome = send_symbols(lambda request: store(request) if part and request.method == "GET" else answer, *paths)
+    outcome = send_symbols(dsym(), dsym("Kit", OTHER_UUID, "b"),
+                           script=lambda request: None if part and request.method == "GET" else answer)
     check_one_line(outcome, f"symbols: Shop {SHOP_UUID} arm64: {line}; nothing after it was sent" if part else
                    f"symbols: {line}")
     assert TOKEN not in outcome[2]
@@ -10405,18 +10364,17 @@ def test_a_server_that_accepts_no_symbols_is_one_line_and_gets_no_further_image(
 @pytest.mark.parametrize("answer, line", [
     ((400, {"error": "invalid pages", "detail": "page 0\n\x1b"}), "the server answered 400: invalid pages (page 0 ?)"),
     ((200, {"uuid": SHOP_UUID, "complete": False, "received": 0}), "the server has 0 of 1 parts")])
-def test_a_refused_image_is_one_line_and_the_next_is_sent(send_symbols, answer, line):
-    store = SymbolStore()
-    status, out, err = send_symbols(lambda request: answer if SHOP_UUID in request.path else store(request),
-                                    dsym(), dsym("Kit", OTHER_UUID, "b"))
+def test_a_refused_image_is_one_line_and_the_next_is_sent(send_symbols, server, answer, line):
+    status, out, err = send_symbols(dsym(), dsym("Kit", OTHER_UUID, "b"),
+                                    script=lambda request: answer if SHOP_UUID in request.path else None)
     assert (status, err) == (1, f"symbols: Shop {SHOP_UUID} arm64: {line}\n")
-    assert [*store.parts] == [OTHER_UUID] and out.startswith(f"Kit {OTHER_UUID} arm64: 15 rows, sent")
+    assert OTHER_UUID in held_by(server) and out.startswith(f"Kit {OTHER_UUID} arm64: 15 rows, sent")
 
 
-def test_requests_that_may_succeed_later_are_repeated_after_the_pause_that_the_server_asks_for(symbols_module):
-    store, pauses = SymbolStore(), []
-    busy = 503, {"error": "storage unavailable"}, {"Retry-After": 7}
-    with scripted([busy, "drop", (429, {"error": "rate limit exceeded"}, {"Retry-After": 60}), store]) as (url, sent):
+def test_requests_that_may_succeed_later_are_repeated_after_the_pause_that_the_server_asks_for(symbols_module, server):
+    pauses, busy = [], (503, {"error": "storage unavailable"}, {"Retry-After": 7})
+    limited = 429, {"error": "rate limit exceeded"}, {"Retry-After": 60}
+    with scripted([busy, "drop", limited, None], server) as (url, sent):
         answer = symbols_module.Server(url + "/api/v1/", TOKEN, pauses.append).symbols()
     assert (answer["symbols"], pauses, {each.path for each in sent}) == ([], [7, 0, 60], {"/api/v1/symbols"})
     with scripted([busy]) as (url, sent), pytest.raises(symbols_module.ServerError, match="503: storage unavailable"):
@@ -10424,7 +10382,7 @@ def test_requests_that_may_succeed_later_are_repeated_after_the_pause_that_the_s
     assert len(sent) == symbols_module.ATTEMPTS and len({each.body for each in sent}) == 1
 
 
-def test_a_large_image_is_sent_in_parts_that_the_server_accepts_and_long_names_are_cut(symbols_module):
+def test_a_large_image_is_sent_in_parts_that_the_server_accepts_and_long_names_are_cut(symbols_module, server):
     """It has more rows, longer names and deeper inlining than a page may have, and sections that touch."""
     names = ["a" * 2_000, "\u00e9" * 600, "short"]
 
@@ -10435,15 +10393,16 @@ def test_a_large_image_is_sent_in_parts_that_the_server_accepts_and_long_names_a
     reader = SimpleNamespace(features={"debug"}, make_symcache=lambda: SimpleNamespace(lookup=lookup))
     ranges = [(5120, 7_000), (7_000, 9_000), (9_500, 10_000)]
     image = symbols_module.Image("Big", SHOP_UUID, "arm64", ranges, reader)
-    store, terminal = SymbolStore(), symbols_module.Terminal(quiet=True)
-    with scripted([store]) as (url, _):
-        outcome = symbols_module.send(symbols_module.Server(url, TOKEN), image, terminal)
-    rows, kept = dict(store.rows(SHOP_UUID)), store.parts[SHOP_UUID]
-    assert outcome == f"{len(rows):,} rows, sent" and [*kept] == [*range(len(kept))] and len(kept) > 2
+    with scripted([None], server) as (url, _):
+        outcome = symbols_module.send(symbols_module.Server(url, TOKEN), image, symbols_module.Terminal(quiet=True))
+    (rows, parts, received), = sql(server, "select rows, parts, received from symbols")
+    assert outcome == f"{rows:,} rows, sent" and received == parts > 2
     expected = {at: [(each.symbol.encode()[:1_000].decode(errors="ignore"), each.full_path[5:], each.line)
                      for each in lookup(at)] for first, end in ranges for at in range(first, end, 4)}
-    assert {at: rows[at] for at in expected if expected[at]} == {at: each for at, each in expected.items() if each}
-    assert {at for at, each in rows.items() if not each} == {9_000, 10_000}
+    expected.update({9_000: [], 9_496: [], 10_000: []})  # outside of the ranges
+    with server.store.reading() as db:
+        symbols = backfeedr.Symbols(db)
+        assert {at: list(symbols.lookup(SHOP_UUID, at)) for at in expected} == expected
 
 
 @pytest.mark.parametrize("arguments, variables", [
