@@ -11061,12 +11061,10 @@ def nginx(folder, name, http, *changes):
     (folder / "main.conf").write_text(
         f"{user}pid {folder}/pid; error_log {folder}/error.log; events {{ }}\n"
         f"http {{ access_log {folder}/access.log; {folders} include {site}; }}\n")
-    command = f"nginx -e {folder}/error.log -p {folder} -c {folder}/main.conf"
-    bash(f"{command} -t -q && {command}", folder)
-    try:
+    with running("nginx", "-e", folder / "error.log", "-p", folder, "-c", folder / "main.conf", "-g", "daemon off;",
+                 cwd=folder):
+        wait_until(lambda: listens(http))
         yield
-    finally:
-        bash(f"{command} -s stop", folder)
 
 
 def curl(certificate, port, path, *options, **given):
@@ -11204,16 +11202,14 @@ def test_reports_pass_through_caddy(run, tmp_path):
                     ("127.0.0.1:8080", f"127.0.0.1:{server.port}"),
                     ("\tbuffer_requests", "\tbuffer_requests" if is_old else "\trequest_buffers 1100KB"))
     environ = dict.fromkeys(("HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME"), str(tmp_path))
-    bash(f"caddy start --adapter caddyfile --config {config} --pidfile {tmp_path}/pid >log 2>&1", tmp_path, **environ)
-    try:  # caddy listens now, but its certificate is made a little later
-        root = tmp_path / "caddy" / "pki" / "authorities" / "local" / "root.crt"
+    root = tmp_path / "caddy" / "pki" / "authorities" / "local" / "root.crt"  # made a little after the start
+    with running("caddy", "run", "--adapter", "caddyfile", "--config", config, cwd=tmp_path, **environ) as process:
         assert curl(root, https, health, "--retry", "20", "--retry-delay", "1", "--retry-all-errors")[0] == 200
         check_proxy(server, root, https, http)
-        log = (tmp_path / "log").read_text()
-        assert [word for word in ("remote_ip", "POST", "connection refused", "127.0.0.1") if word in log] == [], \
-            "no address is logged"
-    finally:
-        os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
+        process.terminate()
+        log = process.stdout.read()
+    assert [word for word in ("remote_ip", "POST", "connection refused", "127.0.0.1") if word in log] == [], \
+        "no address is logged"
 
 
 @pytest.mark.once
