@@ -376,20 +376,11 @@ def time_in(table, key):
     return key[3 if table == "event_names" else 1]
 
 
-MOVES = {"regroupings", "group_aliases", "triage", "group_history"}  # not computed from reports
-
-
 def recount(db):
     """What `figures` must return, computed from the reports alone."""
-    tables = {table: defaultdict(Counter)
-              for table in backfeedr.PRIMARY_KEYS.keys() - {"replays", "new_names", "medians", "key_days"} - MOVES}
-    columns = dict(
-        crash_days=("crashes",), labels=("crashes",), group_days=("crashes",), group_images=("crashes",),
-        release_hours=("devices", "crashed"),
-        release_days=("sessions",), event_names=("events",),
-        release_sums=("sessions", "crashed_sessions", "crashes", "devices", "crashed"), device_hours=("devices",),
-        session_days=("sessions", "ended", "ms"), durations=("sessions",), active_days=("dau", "wau", "mau"),
-        cohorts=("devices", "back_1", "back_7", "back_30"))
+    not_from_reports = {"replays", "new_names", "medians", "key_days",
+                        "regroupings", "group_aliases", "triage", "group_history"}
+    tables = {table: defaultdict(Counter) for table in backfeedr.PRIMARY_KEYS.keys() - not_from_reports}
     crashes, events = rows_of_table(db, "crashes"), rows_of_table(db, "events")
     for row in crashes:
         app, day = row["app_id"], row["at"] // DAY
@@ -421,9 +412,12 @@ def recount(db):
     recount_sessions(tables, reports)
     recount_devices(tables, reports)
     first = windows(db)
-    return {table: {key: tuple(row[name] for name in columns[table]) if table in columns else row
-                    for key, row in rows.items() if table not in first or time_in(table, key) >= first[table]}
-            for table, rows in tables.items()}
+    for table, rows in tables.items():
+        names = [each[0] for each in db.execute(f"select * from {table}").description]
+        sums = names[len(backfeedr.PRIMARY_KEYS[table]):]
+        tables[table] = {key: tuple(row[name] for name in sums) if type(row) is Counter else row
+                         for key, row in rows.items() if table not in first or time_in(table, key) >= first[table]}
+    return tables
 
 
 def recount_sessions(tables, reports):
@@ -449,7 +443,7 @@ def count_session(tables, start, end, crashed):
         tables["release_days"][app, at // DAY, version]["sessions"] += 1
     tables["session_days"][app, at // DAY]["sessions"] += 1
     if end is not None and 0 <= end - at <= DAY:
-        tables["session_days"][app, at // DAY].update(ended=1, ms=end - at)
+        tables["session_days"][app, at // DAY].update(ended=1, session_ms=end - at)
         tables["durations"][app, at // DAY, two_digits(end - at)]["sessions"] += 1
 
 
@@ -472,8 +466,8 @@ def recount_devices(tables, reports):
             tables["device_versions"][(*key, version)] = first, crashed
             tables["release_hours"][app, version, first]["devices"] += 1
             if crashed is not None:
-                tables["release_hours"][app, version, crashed]["crashed"] += 1
-            tables["release_sums"][app, version].update(devices=1, crashed=int(crashed is not None))
+                tables["release_hours"][app, version, crashed]["crashed_devices"] += 1
+            tables["release_sums"][app, version].update(devices=1, crashed_devices=int(crashed is not None))
 
 
 def two_digits(ms):
