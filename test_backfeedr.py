@@ -10852,13 +10852,6 @@ def table(title):
     return [[cell.strip(" `").replace("\0", "|") for cell in row.split("|")] for row in rows]
 
 
-def test_the_readmes_settings_defaults_and_latest_release_match_the_program():
-    assert re.findall(r"^- \*\*(.+?)\*\*", section("Changelog"), re.M)[0] == backfeedr.__version__
-    assert {variable: default for variable, default, _ in table("Settings")} == {
-        **{name: str(int(default) if isinstance(default, bool) else default) for name, default in DEFAULTS.items()},
-        **dict.fromkeys(SECRETS, "made at first start")}
-
-
 def usages(command, *words):
     """The usage of each command of the program, or of those that begin with these words."""
     text = command(*words, "--help")[1]
@@ -10875,14 +10868,15 @@ def words_and_options(usage):
     return [word.strip("[]{}") for word in words], {*re.findall(r"--[\w-]+", usage)} - {"--db"}
 
 
-def test_the_readmes_commands_match_the_program(command):
+def test_the_readmes_latest_release_settings_commands_and_endpoints_match_the_program(command):
+    assert re.findall(r"^- \*\*(.+?)\*\*", section("Changelog"), re.M)[0] == backfeedr.__version__
+    assert {variable: default for variable, default, _ in table("Settings")} == {
+        **{name: str(int(default) if isinstance(default, bool) else default) for name, default in DEFAULTS.items()},
+        **dict.fromkeys(SECRETS, "made at first start")}
     shown = [cells[0] for cells in table("Commands")]
     expected = sorted(map(words_and_options, usages(command)))
     assert sorted(words_and_options("python backfeedr.py " + cell) for cell in shown) == expected
     assert shown[0].startswith("[serve]") and "--db" in shown[0]
-
-
-def test_the_readmes_endpoints_match_openapi():
     shown = [cells[0].replace("GROUP_HASH", "{group_hash}").replace("UUID", "{uuid}") for cells in table("API")]
     assert sorted(shown) == sorted(["GET /metrics", *(f"{method} /api/v1{path}" for method, path, _ in OPERATIONS)])
 
