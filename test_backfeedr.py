@@ -9922,7 +9922,8 @@ def test_client_tells_which_part_of_a_long_batch_is_stored_when_a_later_part_fai
 
 @pytest.mark.parametrize("count, bad, message", [
     (100, {0}, "at index 0"), (100, {99}, "at index 99"), (1, {0}, "at index 0"), (101, {100}, "at index 100"),
-    (250, {7, 8, 107, 108, 249}, "at index 7, and 4 more events"), (50, {*range(50)}, "at index 0, and 10 more events")])
+    (250, {7, 8, 107, 108, 249}, "at index 7, and 4 more events"), (50, {*range(50)}, "at index 0, and 10 more events")
+])
 def test_client_removes_bad_events_from_a_batch_names_them_and_sends_the_rest(serve, clock, count, bad, message):
     server, events = serve(require_signature=True), numbered_events(count)
     for index in bad:
@@ -10283,13 +10284,10 @@ def damaged(path):
     (lambda: Path("empty").mkdir() or "empty", "no dSYM in empty"),
     (lambda: zipped("a.zip", "empty"), "no dSYM in a.zip"),
     (lambda: Path("a.txt").write_text("a") and "a.txt", f"a.txt: {NO_MACHO}"),
-    (lambda: dsym(image=b""), f"Shop.dSYM: Shop: {NO_MACHO}"),
-    (lambda: dsym(image=SHOP_IMAGE[:500]), f"Shop.dSYM: Shop: {NO_MACHO}"),
-    (lambda: dsym(image=SHOP_IMAGE[:32]), f"Shop.dSYM: Shop: {NO_MACHO}"),
-    (lambda: dsym(image=b"\x7fELF" + bytes(100)), f"Shop.dSYM: Shop: {NO_MACHO}"),
-    (lambda: dsym(image=with_text_at(0x100004000, 0x4001)), f"Shop.dSYM: Shop: {NO_MACHO}"),
-    (lambda: dsym(image=with_text_at(0xffffc000, 0x94)), f"Shop.dSYM: Shop: {NO_MACHO}"),
-    (lambda: damaged(zipped("a.zip", dsym())), "a.zip: cannot read it: *")])
+    (lambda: damaged(zipped("a.zip", dsym())), "a.zip: cannot read it: *"),
+    *((partial(dsym, image=image), f"Shop.dSYM: Shop: {NO_MACHO}") for image in (
+        b"", SHOP_IMAGE[:500], SHOP_IMAGE[:32], b"\x7fELF" + bytes(100), with_text_at(0x100004000, 0x4001),
+        with_text_at(0xffffc000, 0x94)))])
 def test_an_unreadable_path_is_one_line_and_the_next_is_sent(send_symbols, server, make, line):
     path = make()
     check_one_line(send_symbols(path), f"symbols: {line}")
@@ -10471,11 +10469,10 @@ def questions_of(operation):
 
 def send_files(send):
     """Sends Apple's files, and asks for their groups."""
-    for name, text in (("ips", (EXAMPLES / "crash.ips").read_bytes()), ("crash", crash_text())):
-        plain = {"environ": {"CONTENT_TYPE": "text/plain"}}
-        answer = send("POST", "/diagnostics", 201, text, X_Backfeedr_Device=name, **plain)
+    for text, missing in ((EXAMPLES / "crash.ips").read_bytes(), 0), (crash_text(), 1):
+        answer = send("POST", "/diagnostics", 201, text, X_Backfeedr_Device="d", environ={"CONTENT_TYPE": "text/plain"})
         waiting = send("GET", "/crashes/{group_hash}", 200, group=answer["group_hashes"][0], **ADMIN)
-        assert len(waiting["missing_symbols"]) == {"ips": 0, "crash": 1}[name]
+        assert len(waiting["missing_symbols"]) == missing
 
 
 def ask_questions(send, private):
