@@ -351,29 +351,23 @@ def check_database(path, forgotten=False):
 
 
 def windows(db):
-    """The first day or hour of each table that holds only a window of time."""
+    """Whether a table holds a key: some hold only a window of time."""
     newest = db.execute("""
         select max(at) from (select received_at as at from crashes union all select received_at from events union all
             select value from state where name = 'counted_at') as times""").fetchone()[0] or 0
-    return dict(group_days=newest // DAY - 7, release_days=newest // DAY - 7, durations=newest // DAY - 400,
-                event_names=newest // DAY - 90, device_hours=newest // HOUR - 48)
+    first = dict(group_days=newest // DAY - 7, release_days=newest // DAY - 7, durations=newest // DAY - 400,
+                 event_names=newest // DAY - 90, device_hours=newest // HOUR - 48)  # a day or an hour
+    return lambda table, key: table not in first or key[3 if table == "event_names" else 1] >= first[table]
 
 
 def figures(db):
-    """The stored figures: each table by its key, without rows from before its window."""
-    tables, first = {}, windows(db)
-    for table, key in backfeedr.PRIMARY_KEYS.items():
-        size, columns = len(key), ", ".join(key)
-        tables[table] = {row[:size]: row[2 * size:] for row in db.execute(f"select {columns}, {table}.* from {table}")
-                         if table not in first or time_in(table, row) >= first[table]}
+    """The stored figures: each table by its key, the first columns, without rows from before its window."""
+    is_held = windows(db)
+    tables = {table: {row[:len(key)]: row[len(key):] for row in db.execute(f"select * from {table}")
+                      if is_held(table, row)} for table, key in backfeedr.PRIMARY_KEYS.items()}
     tables["devices"] = {key: row[:2] for key, row in tables["devices"].items()}
     tables["groups"] = {key: row[:5] + row[7:] for key, row in tables["groups"].items()}
     return tables
-
-
-def time_in(table, key):
-    """The day or hour in a key of a table that holds only a window."""
-    return key[3 if table == "event_names" else 1]
 
 
 def recount(db):
@@ -411,12 +405,12 @@ def recount(db):
         tables["builds"][key] = min(times), max(times)
     recount_sessions(tables, reports)
     recount_devices(tables, reports)
-    first = windows(db)
+    is_held = windows(db)
     for table, rows in tables.items():
         names = [each[0] for each in db.execute(f"select * from {table}").description]
         sums = names[len(backfeedr.PRIMARY_KEYS[table]):]
         tables[table] = {key: tuple(row[name] for name in sums) if type(row) is Counter else row
-                         for key, row in rows.items() if table not in first or time_in(table, key) >= first[table]}
+                         for key, row in rows.items() if is_held(table, key)}
     return tables
 
 
