@@ -10163,6 +10163,7 @@ def dsym(name="Shop", uuid=SHOP_UUID, folder=".", image=SHOP_IMAGE):
 
 def zipped(name, folder, *more):
     """Zips a folder as a Mac does; gives the path of the zip."""
+    Path(name).parent.mkdir(exist_ok=True)
     with zipfile.ZipFile(name, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in [*Path(folder).rglob("*"), *map(Path, more)]:
             archive.write(path)
@@ -10171,12 +10172,13 @@ def zipped(name, folder, *more):
 
 
 def fat(*slices):
-    """A Mach-O file with several architectures."""
+    """Writes a Mach-O file with several architectures; gives its path."""
     at, head, body = 4096, struct.pack(">II", 0xCAFEBABE, len(slices)), b""
     for each in slices:
         head += struct.pack(">5I", 0x100000C, 0, at + len(body), len(each), 12)
         body += each.ljust(-(-len(each) // 4096) * 4096, b"\0")
-    return head.ljust(at, b"\0") + body
+    Path("Shop").write_bytes(head.ljust(at, b"\0") + body)
+    return "Shop"
 
 
 def test_symbols_are_sent_with_names_lines_and_inlined_functions_but_without_folders(send_symbols, server, tmp_path):
@@ -10217,32 +10219,25 @@ def test_progress_is_one_line_on_a_terminal_only(send_symbols, monkeypatch):
     assert shown == ["", "reading, 99 %", "demangling 1 names", "sending part 1 of 1", ""], "the last clears the line"
 
 
-def path_of_kind(kind):
-    """Makes a path of that kind with the images of both UUIDs."""
-    if kind == "Mach-O":
-        Path("Shop").write_bytes(fat(SHOP_IMAGE, SHOP_IMAGE.replace(UUID(SHOP_UUID).bytes, UUID(OTHER_UUID).bytes)))
-        return "Shop"
-    folder = Path("App.xcarchive/dSYMs")
-    dsym("Shop", folder=folder), dsym("Kit", OTHER_UUID, folder)
+def linked(folder):
+    """A folder with links to the dSYMs of another folder, and to itself."""
+    Path("links").mkdir()
+    for link in [*folder.iterdir(), Path(".")]:
+        Path("links", link.name or "up.dSYM").symlink_to(link.absolute())
+    return "links"
+
+
+@pytest.mark.parametrize("path_to", [
+    lambda dsyms: dsyms, lambda dsyms: "App.xcarchive", linked, partial(zipped, "appDsyms.zip"),
+    lambda dsyms: zipped("out/Shop.app.dSYM.zip", dsyms).parent,
+    lambda dsyms: zipped("all.zip", "none", zipped("Shop.dSYM.ZIP", dsyms)),
+    lambda dsyms: fat(*(image.read_bytes() for image in dsyms.glob("*/Contents/Resources/DWARF/*")))],
+    ids=["folder", "archive", "links in a folder", "zip", "zips in a folder", "zip in a zip", "Mach-O"])
+def test_images_are_found_in_each_kind_of_path(send_symbols, server, path_to):
+    dsyms = Path("App.xcarchive/dSYMs")
+    dsym("Shop", folder=dsyms), dsym("Kit", OTHER_UUID, dsyms)
     Path("App.xcarchive/Shop").write_bytes(b"the app itself is not read")
-    if kind == "links in a folder":
-        Path("links").mkdir()
-        for link in [*folder.iterdir(), Path(".")]:
-            Path("links", link.name or "up.dSYM").symlink_to(link.absolute())
-        return "links"
-    if kind == "zips in a folder":
-        Path("out").mkdir()
-        return zipped("out/Shop.app.dSYM.zip", folder).parent
-    if kind == "zip in a zip":
-        return zipped("all.zip", "none", zipped("Shop.dSYM.ZIP", folder))
-    return {"zip": partial(zipped, "appDsyms.zip", folder), "archive": lambda: "App.xcarchive",
-            "folder": lambda: folder}[kind]()
-
-
-@pytest.mark.parametrize("kind", ["Mach-O", "zip", "zips in a folder", "zip in a zip", "links in a folder",
-                                  "archive", "folder"])
-def test_images_are_found_in_each_kind_of_path(send_symbols, server, kind):
-    status, out, err = send_symbols(path_of_kind(kind))
+    status, out, err = send_symbols(path_to(dsyms))
     assert (status, err, len(out.splitlines())) == (0, "", 2), out
     for uuid in (SHOP_UUID, OTHER_UUID):
         assert functions_at(server, 0x401C, uuid) == SHOP_SYMBOLS[0x401C]
