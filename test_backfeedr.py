@@ -9592,7 +9592,6 @@ def load_example(name):
 
 
 client_module = load_example("client")
-embed_module = load_example("embed")
 
 
 def free_port():
@@ -10542,7 +10541,7 @@ def test_an_embedded_server_knows_where_it_is_mounted(path, mount):
         assert (environ["SCRIPT_NAME"], environ["PATH_INFO"]) == (mount + "/crashes", path)
         start_response("204 No Content", [])
         return []
-    app = webtest.TestApp(validator(embed_module.make_app(inner)))
+    app = webtest.TestApp(validator(load_example("embed").make_app(inner)))
     app.get("/crashes" + path, extra_environ={"SCRIPT_NAME": mount}, status=204)
     redirected = app.get("/crashes", extra_environ={"SCRIPT_NAME": mount}, status=308)
     assert redirected.headers["Location"] == mount + "/crashes/"
