@@ -6530,10 +6530,10 @@ STYLE = """
 * { box-sizing: border-box; text-underline-offset: 0.2em; } dl, dd, form, .figure, .chart p { margin: 0; }
 body { margin: 0 auto; max-width: 78rem; padding: 0 1.25rem 2rem; background: var(--paper); color: var(--ink);
   font: 0.94rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; -webkit-text-size-adjust: 100%; }
-code, pre, .trace, .long dd { font-family: ui-monospace, Consolas, monospace; } :is(p, pre):empty { display: none; }
-th, dt, pre, footer, small, .note, .trace, .filter label { color: var(--soft); font-size: 0.9em; }
+code, pre, .trace, .key, .long dd { font-family: ui-monospace, Consolas, monospace; } p:empty { display: none; }
+th, dt, pre, footer, small, .note, .trace, label { color: var(--soft); font-size: 0.9em; }
 .empty, .soft, .place, .chart p { color: var(--soft); } .danger, .problem, .worse { color: var(--bad); }
-header, nav, .facts, .filter, .actions { display: flex; flex-wrap: wrap; gap: 0.4rem 1.3rem; align-items: baseline; }
+header, nav, .facts, .actions { display: flex; flex-wrap: wrap; gap: 0.4rem 1.3rem; align-items: baseline; }
 header { padding: 0.9rem 0 0.6rem; border-bottom: 2px solid var(--ink); } header nav { flex: 1; }
 .apps { padding: 0.5rem 0; border-bottom: 1px solid var(--rule); } .actions, .list ~ details { margin-top: 0.6rem; }
 a, summary, .plain { color: var(--link); } nav a, .brand { text-decoration: none; padding: 0.2rem 0; }
@@ -6568,17 +6568,15 @@ li { padding: 0.15rem 0 0.15rem 0.6rem; border-left: 3px solid transparent; }
 .own { color: var(--ink); border-left-color: var(--bad); } .own .place { color: var(--link); }
 .context > :not(.long) { display: grid; grid-template-columns: 9rem minmax(0, 1fr); gap: 0.4rem; padding: 0.2rem 0; }
 pre, .long dd { margin: 0.2rem 0; padding: 0.5rem 0.7rem; white-space: pre-wrap; max-height: 22rem; overflow-y: auto; }
-form, label { display: inline-block; } form, label, details { max-width: 100%; } label { margin: 0 0.8rem 0.3rem 0; }
-.filter { align-items: end; margin-bottom: 1rem; } .filter :is(label, input, select) { display: block; margin: 0; }
+form { display: inline-flex; flex-wrap: wrap; gap: 0.4rem 1.3rem; align-items: end; } .filter { margin-bottom: 1rem; }
+form, label, details { max-width: 100%; } label > :is(select, input:not([type=checkbox])) { display: block; }
 input, select, button, textarea { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 3px;
   padding: 0.3rem 0.6rem; max-width: 100%; } input:not([type=checkbox]), select, button { min-height: 2.5rem; }
 input, select, textarea { background: var(--paper); color: var(--ink); font-size: 1rem; } [type=number] { width: 7rem; }
-label:has([type=checkbox]) { display: inline-flex; flex-direction: row-reverse; gap: 0.4rem; }
+label:has([type=checkbox]) { display: inline-flex; flex-direction: row-reverse; gap: 0.4rem; color: inherit; }
 button, summary { cursor: pointer; } button:hover { border-color: var(--ink); }
 .plain { border: 0; padding: 0; min-height: 0; background: none; } td form { margin-right: 0.8rem; }
-.sign-in { max-width: 24rem; } .sign-in :is(form, label, #token) { display: block; width: 100%; }
 .hint { padding: 0.3rem 1rem 0.8rem; border-left: 3px solid var(--mark); } .key { user-select: all; }
-:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 @media (max-width: 60rem) {
   .crash { grid-template-columns: minmax(0, 1fr); } .spark { display: inline-block; vertical-align: middle; }
   .list thead { position: absolute; clip-path: inset(50%); } .list, .list tbody { display: block; }
@@ -6651,17 +6649,16 @@ class PageRequest:
         query = {name: value for name, value in {"app": app, **query}.items() if value not in (None, "")}
         return self.root + path + ("?" + urlencode(query) if query else "")
 
-    def anchor(self, text: str, path: str, current: str = "", /, **query: Any) -> str:
-        """HTML for a link. `current` is the kind of thing that is shown now, if the link is to that."""
-        mark = f' aria-current="{current}"' if current else ""
-        return f'<a href="{escape(self.link(path, **query))}"{mark}>{text_html(text, 120)}</a>'
+    def anchor(self, text: str, path: str, /, **query: Any) -> str:
+        """HTML for a link() with this text."""
+        return f'<a href="{escape(self.link(path, **query))}">{text_html(text, 120)}</a>'
 
-    def form_html(self, button: str, *parts: str, css: str = "", path: str = "", **hidden: str) -> str:
+    def form_html(self, button: str, *parts: str, after: str = "", css: str = "", path: str = "", **hidden: str) -> str:
         """HTML for a form that posts to `path`, or to this page: hidden fields, with the token that read_form() checks,
-        then parts in HTML and a button."""
+        then parts in HTML, a button, and HTML after it."""
         fields = "".join(f'<input type="hidden" name="{name}" value="{escape(value)}">'
                          for name, value in {"form_token": self.form_token, **hidden}.items())
-        content = "\n".join([*parts, f'<button class="{css}">{button}</button>'])
+        content = "\n".join([*parts, f'<button class="{css}">{button}</button>', after])
         return f'<form method="post" action="{escape(self.link(path or self.path))}">{fields}\n{content}</form>'
 
     def moved(self, group_hash: str) -> str:
@@ -6838,18 +6835,21 @@ class Dashboard:
 
     def _group(self, page: PageRequest, group_hash: str) -> Response:
         metrics, app, id = self._metrics, page.app, page.query.get("report")
-        group, crashes_per_day = metrics.group(group_hash, app, limit=1), metrics.days_of_groups([group_hash], app)
+        group, crashes_per_day = metrics.group(group_hash, app, limit=2), metrics.days_of_groups([group_hash], app)
         report = metrics.crash(id, app) if id else next(iter(group["reports"]), {})
         if report.get("group_hash", group_hash) != group_hash:
             raise Refusal("not found")
-        older, newer = metrics.neighbours(report, app) if report else (None, None)
-        days, apps = crashes_per_day["groups"][group_hash].values()
+        older, newer = next((crash["id"] for crash in group["reports"][1:]), None), None  # of the latest
+        if id:
+            older, newer = metrics.neighbours(report, app)
+        details = crashes_per_day["groups"][group_hash]
+        apps = details["apps"]
         return self._render(
             page, _group_title(group), "group", group=group, group_apps=apps, report=report, older=older, newer=newer,
             next_build=metrics.next_build(group_hash, apps[0]) if len(apps) == 1 else "",
             breadcrumbs=_breadcrumb_steps(report),
             events=[_event_step(event, report) for event in metrics.events_before(report)],
-            chart=chart("Crashes", crashes_per_day["labels"], days, draw_columns),
+            chart=chart("Crashes", crashes_per_day["labels"], details["days"], draw_columns),
             frames=_trace_rows(report), fields=_field_rows(page, report))
 
     def _group_export(self, page: PageRequest, group_hash: str, suffix: str) -> Response:
@@ -7001,7 +7001,7 @@ def _channel_form(page: PageRequest) -> str:
              for kind, is_on in FACT_KINDS.items())
     return page.form_html(
         "Add channel", field_html("Address", "url", typed.get("url", ""), more='size="30" required'),
-        field_html("App", "app", typed.get("app"), apps), f"<p>{' '.join(kinds)}</p>",
+        field_html("App", "app", typed.get("app"), apps), *kinds,
         field_html("Hour of the digest (UTC)", "hour", typed.get("hour", 7), more='type="number" min="0" max="23"'),
         field_html("Include exception reasons", "reason", 1, is_checked="reason" in typed), action="add-channel")
 
@@ -7068,7 +7068,7 @@ _TRIAGE_SECTION = """<section><h2>{{group["state"].capitalize()}}
 {{!" ".join(anchor(name, page.path, app=name) for name in group_apps)}}</p>
 % else:
 % if group["state"] != "resolved":
-{{!form("Resolve", field_html("Fixed in version", "fixed_in", next_build), state="resolved")}}
+{{!form("Resolve", after=field_html("in version", "fixed_in", next_build), state="resolved")}}
 % end
 {{!form("Reopen", state="open") if group["state"] != "open" else ""}}
 % if group["state"] != "muted":
@@ -7107,15 +7107,17 @@ _TEMPLATES = {name: bottle.SimpleTemplate(source) for name, source in {
 % apps, tab = page.apps, "/usage" if page.section == "/events" else page.section
 % if apps is not None:
 <nav aria-label="Pages">
-{{!" ".join(anchor(name, path, "page" if path == tab else "") for path, name in _NAVIGATION)}}
+% for path, name in _NAVIGATION:
+<a href="{{link(path)}}"{{!' aria-current="page"' if path == tab else ""}}>{{name}}</a>
+% end
 </nav>{{!form("Sign out", css="plain", path="/sign-out")}}
 % end
 </header>
 % if apps and status == 200 and tab != "/apps" and (len(apps) > 1 or apps[0].is_test):
 <nav class="apps" aria-label="Apps">
-{{!anchor("All live apps", page.section, "" if page.app else "true", app=None)}}
-% for app in apps:
-{{!anchor(app.name + (" (test)" if app.is_test else ""), page.section, "true" * (page.app == app.name), app=app.name)}}
+% for name, mark in [(None, ""), *((app.name, " (test)" if app.is_test else "") for app in apps)]:
+<a href="{{link(page.section, app=name)}}"{{!' aria-current="true"' if page.app == name else ""}}
+><bdi>{{name or "All live apps"}}{{mark}}</bdi></a>
 % end
 </nav>
 % end
@@ -7124,12 +7126,11 @@ _TEMPLATES = {name: bottle.SimpleTemplate(source) for name, source in {
 <footer>All dates and times are in UTC.</footer></body></html>
 """,
     "error": '<p>{{hint}}</p><p>{{!anchor("Overview", "/")}}</p>',
-    "sign_in": """<div class="sign-in"><p class="problem" role="alert">{{problem}}</p>
+    "sign_in": """<p class="problem" role="alert">{{problem}}</p>
 % user = '<input name="username" value="admin" autocomplete="username" hidden>'  # for password managers
 % attributes = 'id="token" type="password" autocomplete="current-password" required autofocus'
 {{!form("Sign in", user, field_html("Admin token", "token", more=attributes), next=target)}}
 <p class="note">The server printed it when it first started. Set <code>BACKFEEDR_AUTH_TOKEN</code> to change it.</p>
-</div>
 """,
     "overview": """% for warning in warnings:
 <p class="problem" role="alert">{{warning}}</p>
@@ -7261,7 +7262,7 @@ No matches. {{!anchor("Show all", "/events")}}, or send some: see <code>examples
         empty=_NO_RELEASES, note="Adoption is the share of the app's sessions in the last 7 days."),
     "apps": """% if message:
 <section class="hint" role="{{"status" if status == 200 else "alert"}}">
-<p class="{{"" if status == 200 else "problem"}}">{{message}}</p><p><code class="key">{{secret}}</code></p>
+<p class="{{"" if status == 200 else "problem"}}">{{message}}</p><p class="key">{{secret}}</p>
 % if secret.startswith(("bf_live_", "bf_test_")):
 <p>Add it to your app. To try it:</p><pre>{{curl_line(page.url, secret)}}</pre>
 % end
