@@ -6730,7 +6730,7 @@ class Dashboard:
                 ("GET", "/crashes/<group_hash>", self._group), ("POST", "/crashes/<group_hash>", self._triage),
                 ("GET", "/events", self._events), ("GET", "/usage", self._usage), ("GET", "/releases", self._releases),
                 ("GET", "/apps", self._apps), ("POST", "/apps", self._change_apps),
-                ("GET", "/sign-in", self._sign_in_page), ("POST", "/sign-in", self._sign_in),
+                ("GET", "/sign-in", self._sign_in), ("POST", "/sign-in", self._sign_in),
                 ("POST", "/sign-out", self._sign_out)):
             yield method, path, partial(self._respond, handler)
 
@@ -6779,24 +6779,21 @@ class Dashboard:
 
     # Signing in and out
 
-    def _sign_in_page(self, page: PageRequest, problem: str = "", status: int = 200) -> Response:
-        code = page.query.get("code", "")
-        if code and page.environ["REQUEST_METHOD"] == "GET":  # a link preview sends HEAD, and must not use up the code
-            if self._store.withdraw("code", code):
-                return self._start_session(page, "/")
-            problem, status = "This link has been used or has expired. Sign in with the admin token.", 403
-        target = page.form.get("next") or page.query.get("next", "/")
-        return self._render(page, "Sign in", "sign_in", status, problem=problem, target=target)
-
     def _sign_in(self, page: PageRequest) -> Response:
-        if not self._store.is_secret("admin_token", page.form.get("token", "").strip().encode()):
-            return self._sign_in_page(page, "That is not the admin token.", 403)
-        return self._start_session(page, page.form.get("next", ""))
-
-    def _start_session(self, page: PageRequest, target: str) -> Response:
-        """Starts a session with a new id, because an attacker may have planted the one that the browser had."""
+        """The form for the admin token; or a new session, for the token or for the code of a link."""
+        method, code, is_right, problem = page.environ["REQUEST_METHOD"], page.query.get("code"), False, ""
+        if method == "POST":
+            is_right = self._store.is_secret("admin_token", page.form.get("token", "").strip().encode())
+            problem = "That is not the admin token."
+        elif code and method == "GET":  # a link preview sends HEAD, and must not use up the code
+            is_right = self._store.withdraw("code", code)
+            problem = "This link has been used or has expired. Sign in with the admin token."
+        target = page.form.get("next") or page.query.get("next", "/")
+        if not is_right:
+            return self._render(page, "Sign in", "sign_in", 403 if problem else 200, problem=problem, target=target)
         is_path_here = re.fullmatch(r"/(?![/\\])[!-~]*", target)  # browsers read //x and /\x as another host
         response = page.redirect(target if is_path_here else "/")
+        # The id is a new one, because an attacker may have planted the one that the browser had.
         return page.set_session(response, self._store.grant("session", SESSION_LIFETIME))
 
     def _sign_out(self, page: PageRequest) -> Response:
