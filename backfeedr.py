@@ -6417,8 +6417,8 @@ def _breadcrumb_steps(report: JsonObject) -> list[Step]:
         return []
     steps = []
     for each in breadcrumbs[-100:]:
-        fields = {name: value for name, value in each.items() if value not in (None, "", [], {})} if (
-            type(each) is dict) else {"message": _json_text(each)}
+        fields = each if type(each) is dict else {"message": _json_text(each)}
+        fields = {name: value for name, value in fields.items() if value not in (None, "", [], {})}
         time = fields.pop(next((name for name in _BREADCRUMB_TIMES if name in fields), ""), "")
         action = fields.pop(next((name for name in _BREADCRUMB_ACTIONS if type(fields.get(name)) is str), ""), "")
         steps.append((_time_to_crash(time, report), action, _event_details({"extra": fields})))
@@ -7055,7 +7055,6 @@ _PAGE_LINKS = """<p class="actions">
 {{!anchor("First page", page.path, **{**parameters, "cursor": None}) if "cursor" in parameters else ""}}
 {{!anchor("Next page", page.path, **{**parameters, "cursor": next}) if next else ""}}</p>
 """
-_POSITIVE = 'type="number" min="1" max="2147483647"'  # attributes of a field
 _TRIAGE_SECTION = """<section><h2>{{group["state"].capitalize()}}
 {{"in " + group["fixed_in"] if group["fixed_in"] and group["state"] == "resolved" else ""}}
 {{!"again since " + value_html(group["regressed_at"]) if group["regressed_at"] and group["state"] == "open" else ""}}
@@ -7072,8 +7071,8 @@ _TRIAGE_SECTION = """<section><h2>{{group["state"].capitalize()}}
 <details><summary>Mute</summary>
 <p class="note">Without a condition, it stays muted until somebody reopens it.</p>
 % until = field_html("Until", "until", more='type="date"')
-% more_crashes = field_html("or for this many more crashes", "more_crashes", more=_POSITIVE)
-% more_devices = field_html("devices", "more_devices", more=_POSITIVE)
+% more_crashes = field_html("or for this many more crashes", "more_crashes", more='type="number" min="1"')
+% more_devices = field_html("devices", "more_devices", more='type="number" min="1"')
 {{!form("Mute", until, more_crashes, more_devices, state="muted")}}
 </details>
 % end
