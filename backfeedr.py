@@ -76,8 +76,7 @@ To make a change, edit:
     add a figure                a class in FIGURES, its fields at the end of COUNTED; a PublicMetrics query and a route;
                                 SCHEMA_VERSION, and where migrate does not count all again, a count of the stored ones;
                                 for text that clients make up, MAX_NEW_NAMES, OTHER_FLAGS and NewNames
-    add a page                  Dashboard.routes, a method there, a row of _TEMPLATES, and of _NAVIGATION for the menu;
-                                _TEMPLATE_GLOBALS for a function that a template calls
+    add a page                  Dashboard.routes, a method there, a row of _TEMPLATES, and of _NAVIGATION for the menu
     add a command               a method do_... of Commands, and a row of _COMMANDS
     add a kind of channel       a function in Channels, a row of CHANNELS, and perhaps check_address and Alerts.add
     accept another format       a function like those of MetricKit, and _read_diagnostics; for another path, _ingestion
@@ -6231,13 +6230,12 @@ class RateLimitedRequests:
 
 
 # == Charts ====================================================================
-# Functions that turn figures into SVG, and the names of devices. A chart is one unit wide for each day and is stretched
-# to the width of its place on the page. Labels of days are ISO dates.
+# Functions that turn figures into SVG and text into HTML, and the names of devices. A chart is one unit wide for each
+# day and is stretched to the width of its place on the page. Labels of days are ISO dates.
 
 _CHART_HEIGHT = 72  # pixels
 _NO_DATA = '<p class="empty">No data in this period.</p>'
 _AXIS_ENDS = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 50, 60, 80, 100)  # each also times a power of ten
-_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 # A line has a family, then the numbers of device codes, each with the name under which Apple sells the device.
 _DEVICE_TABLE = """
 iPhone 10,1/4 8; 10,2/5 8 Plus; 10,3/6 X; 11,2 XS; 11,4/6 XS Max; 11,8 XR; 12,1 11; 12,3 11 Pro; 12,5 11 Pro Max
@@ -6264,10 +6262,15 @@ escape = bottle.html_escape
 DayValues = Sequence[Optional[float]]  # one per day; None for a day without one
 
 
+def text_html(text: str, length: int = 300) -> str:
+    """HTML for at most `length` characters of any text, which cannot change the direction of the text around it."""
+    return f"<bdi>{escape(_shorten(text, length))}</bdi>"
+
+
 def device_html(code: str) -> str:
     """HTML with the device's name, if it is known, and its code. Other text is only escaped."""
     name = _DEVICE_NAMES.get(code)
-    return f'{name} <small class="code">{code}</small>' if name else f"<bdi>{escape(_shorten(code, 80))}</bdi>"
+    return f'{name} <small class="code">{code}</small>' if name else text_html(code, 80)
 
 
 def _shorten(text: str, length: int = 300) -> str:
@@ -6293,15 +6296,16 @@ def draw_columns(ys: DayValues) -> str:
 
 
 def chart(title: str, labels: Sequence[str], values: DayValues, draw: Callable[[DayValues], str] = draw_line,
-          low: float = 0, is_percentage: bool = False) -> str:
-    """HTML for a chart of one value per day, on an axis that starts at `low`, and ends at 100 for percentages."""
+          unit: str = "") -> str:
+    """HTML for a chart of one value per day: of counts, or of percentages if the unit is " %"."""
     known = [(value, label) for value, label in zip(values, labels) if value is not None]
     if not known:
         return _NO_DATA
     (highest, peak), (lowest, _) = max(known), min(known)
-    scale = 10 ** max(0, len(str(int(highest))) - 2)
-    high = 100 if is_percentage else next(scale * end for end in _AXIS_ENDS if scale * end >= highest)
-    unit = " %" if is_percentage else ""
+    low, scale = 0, 10 ** max(0, len(str(int(highest))) - 2)
+    high = next(scale * end for end in _AXIS_ENDS if scale * end >= highest)
+    if unit:
+        low, high = max(start for start in (0, 50, 80, 90, 95, 99) if start <= lowest), 100
     drawing = draw([None if value is None else _CHART_HEIGHT * (high - value) / (high - low) for value in values])
     for n, (label, value) in enumerate(zip(labels, values)):
         text = "none" if value is None else f"{value:,}{unit}{' so far' if label == labels[-1] else ''}"
@@ -6321,7 +6325,7 @@ def _svg(width: int, height: int, content: str) -> str:
 
 def _day_name(label: str) -> str:
     day = date.fromisoformat(label)
-    return f"{day.day} {_MONTHS[day.month - 1]}"
+    return f"{day.day} {day:%b}"
 
 
 def sparkline(values: Sequence[int], title: str) -> str:
@@ -6351,58 +6355,53 @@ SHOWN_FRAMES, SHOWN_TEXT = 200, 20_000  # frames and characters of a report on i
 _CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")  # not allowed in HTML and XML
 _MISLEADING_CHARACTERS = re.compile(  # these, and characters that end a line or change the direction of text
     _CONTROL_CHARACTERS.pattern + "|[\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-Tile = tuple[str, str, str, str]  # name, value, note and chart of a figure
 
 
-def _overview_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
+def _tile(name: str, value: str, note: str, labels: Sequence[str], values: DayValues, unit: str = "",
+          draw: Callable[[DayValues], str] = draw_line) -> str:
+    """HTML for a figure with a chart of its values per day."""
+    drawing = chart(f"{name}, {note}" if name == "Active devices" else name, labels, values, draw, unit)
+    return f'<section><h2>{name}</h2><p class="figure">{value}</p><p class="note">{note}</p>{drawing}</section>'
+
+
+def _overview_tiles(metrics: Metrics, app: str | None) -> Iterator[str]:
     week, daily, active = metrics.overview(app), metrics.daily_crashes(app, 30), metrics.active_devices(app, 30)
     labels, crashes, sessions = daily["labels"], daily["data"], metrics.sessions(app, 30)["sessions"]
     rates = [crash_free_rate(*day) if day[1] else None for day in zip(crashes, sessions)]
-    lowest = min((rate for rate in rates if rate is not None), default=0)
-    axis_start = max(start for start in (0, 50, 80, 90, 95, 99) if start <= lowest)
     rate_before = crash_free_rate(sum(crashes[-14:-7]), sum(sessions[-14:-7]))
-    yield ("Crash-free sessions", f"{week['crash_free_rate_7d']:.2f} %" if week["sessions_7d"] else "-",
-           f"7 days; {rate_before:.2f} % the week before" if any(sessions[-14:-7]) else "7 days",
-           chart("Crash-free sessions", labels, rates, low=axis_start, is_percentage=True))
-    yield "Active devices", f"{week['dau']:,}", "24 hours", chart("Active devices", labels, active["dau"])
+    yield _tile("Crash-free sessions", f"{week['crash_free_rate_7d']:.2f} %" if week["sessions_7d"] else "-",
+                f"7 days; {rate_before:.2f} % the week before" if any(sessions[-14:-7]) else "7 days",
+                labels, rates, " %")
+    yield _tile("Active devices", f"{week['dau']:,}", "24 hours", labels, active["dau"])
     for name, counts, draw in (("Sessions", sessions, draw_line), ("Crashes", crashes, draw_columns)):
         note = f"7 days; {sum(counts[-14:-7]):,} the week before"
-        yield name, f"{sum(counts[-7:]):,}", note, chart(name, labels, counts, draw)
+        yield _tile(name, f"{sum(counts[-7:]):,}", note, labels, counts, draw=draw)
 
 
-def _usage_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
+def _usage_tiles(metrics: Metrics, app: str | None) -> Iterator[str]:
     """Tiles for active devices, and for sessions with their length: the mean, if several apps have no common median."""
     active, sessions = metrics.active_devices(app, 30), metrics.sessions(app, 30)
-    for column, value, period in (("dau", metrics.overview(app)["dau"], "24 hours"),
-                                  ("wau", active["wau"][-1], "7 days"), ("mau", active["mau"][-1], "30 days")):
-        drawing = chart(f"Devices active in {period}", active["labels"], active[column])
-        yield "Active devices", f"{value:,}", period, drawing
+    labels, counts = active["labels"], (metrics.overview(app)["dau"], active["wau"][-1], active["mau"][-1])
+    for column, period, count in zip(("dau", "wau", "mau"), ("24 hours", "7 days", "30 days"), counts):
+        yield _tile("Active devices", f"{count:,}", period, labels, active[column])
     average = "median" if any(seconds is not None for seconds in sessions["median_seconds"]) else "mean"
     length = "none has ended yet"
-    for day, seconds in zip(sessions["labels"], sessions[average + "_seconds"]):
+    for day, seconds in zip(labels, sessions[average + "_seconds"]):
         if seconds is not None:
-            length = f"{average} length on {_day_name(day)}: {_duration(seconds)}"
-    yield ("Sessions", f"{sum(sessions['sessions'][-7:]):,}", f"7 days; {length}",
-           chart("Sessions", sessions["labels"], sessions["sessions"]))
+            length = f"{average} length on {_day_name(day)}: {timedelta(seconds=round(seconds))}"
+    yield _tile("Sessions", f"{sum(sessions['sessions'][-7:]):,}", f"7 days; {length}", labels, sessions["sessions"])
 
 
-def _retention_tiles(metrics: Metrics, app: str | None) -> Iterator[Tile]:
+def _retention_tiles(metrics: Metrics, app: str | None) -> Iterator[str]:
     """Tiles with the share of devices that came back 1, 7 and 30 days after the day on which they were first seen."""
     cohorts = metrics.retention(app, 60)
     for days in Devices.BACK.values():
-        rates, name = cohorts[f"day_{days}"], f"Back after {plural(days, 'day')}"
+        rates = cohorts[f"day_{days}"]
         known = [(rate, size) for rate, size in zip(rates, cohorts["devices"]) if rate is not None]
         devices = sum(size for _, size in known)
         share = f"{sum(rate * size for rate, size in known) / devices:.0f} %" if devices else "-"
-        drawing = chart(name, cohorts["labels"], rates, is_percentage=True)
-        yield name, share, f"of {devices:,} new devices in 60 days", drawing
-
-
-def _duration(seconds: float) -> str:
-    for unit_seconds, unit in ((3600, "h"), (60, "min")):
-        if seconds >= 2 * unit_seconds:
-            return f"{seconds / unit_seconds:.0f} {unit}"
-    return f"{seconds:.0f} s"
+        note = f"of {devices:,} new devices in 60 days"
+        yield _tile(f"Back after {plural(days, 'day')}", share, note, cohorts["labels"], rates, " %")
 
 
 Step = tuple[str, str, str]  # towards a crash: the time, what happened, and its details
@@ -6416,62 +6415,52 @@ def _breadcrumb_steps(report: JsonObject) -> list[Step]:
     breadcrumbs = breadcrumbs.get("values") if type(breadcrumbs) is dict else breadcrumbs
     if type(breadcrumbs) is not list or not breadcrumbs:
         return []
-    steps = [_breadcrumb_step(breadcrumb, report) for breadcrumb in breadcrumbs[-100:]]
+    steps = []
+    for each in breadcrumbs[-100:]:
+        fields = each if type(each) is dict else {"message": _json_text(each)}
+        fields = {name: value for name, value in fields.items() if value not in (None, "", [], {})}
+        time = fields.pop(next((name for name in _BREADCRUMB_TIMES if name in fields), ""), "")
+        action = fields.pop(next((name for name in _BREADCRUMB_ACTIONS if type(fields.get(name)) is str), ""), "")
+        steps.append((_time_to_crash(time, report), action, _event_details({"extra": fields})))
     return [*steps, ("00:00", report["exception_type"], "the crash")]
 
 
-def _breadcrumb_step(breadcrumb: Any, report: JsonObject) -> Step:
-    if type(breadcrumb) is not dict:
-        return "", _shorten(_json_text(breadcrumb)), ""
-    fields = {name: value for name, value in breadcrumb.items() if value not in (None, "", [], {})}
-    time = fields.pop(next((name for name in _BREADCRUMB_TIMES if name in fields), ""), "")
-    action = fields.pop(next((name for name in _BREADCRUMB_ACTIONS if type(fields.get(name)) is str), ""), "")
-    return _time_to_crash(time, report), _shorten(action), _event_details({"extra": fields})
-
-
-def _event_steps(report: JsonObject, events: Sequence[JsonObject]) -> Iterator[Step]:
-    for event in events:
-        title = f"{event['type']} {_shorten(event.get('name', ''), 80)}".strip()
-        yield _time_to_crash(event["occurred_at"], report), title, _event_details(event)
+def _event_step(event: JsonObject, report: JsonObject) -> Step:
+    title = f"{event['type']} {_shorten(event.get('name', ''), 80)}".strip()
+    return _time_to_crash(event["occurred_at"], report), title, _event_details(event)
 
 
 def _time_to_crash(time: Any, report: JsonObject) -> str:
-    """A time relative to a crash, such as -00:12. Other values, and times 100 hours or more away, stay as they are."""
+    """A time relative to a crash, such as -00:12. Other values, and times four days or more away, stay as they are."""
     with suppress(ValueError):
         span = parse_occurred_at(time) - parse_time(report["occurred_at"])
-        hours, minutes, seconds = abs(span) // HOUR, abs(span) // MINUTE % 60, abs(span) // SECOND % 60
-        if hours < 100:
-            return ("+" if span > 0 else "-") + (f"{hours}:" if hours else "") + f"{minutes:02}:{seconds:02}"
+        if abs(span) < 4 * DAY:
+            distance = str(timedelta(seconds=abs(span) // SECOND))
+            return ("+" if span > 0 else "-") + distance.removeprefix("0:")
     return _shorten(_json_text(time), 40)
 
 
 def group_text(group: JsonObject, url: str) -> str:
     """A group as Markdown that is also readable as text. It leaves out device ids, sessions and a crash's unknown
     fields. Text from reports is indented in a fence, so that it neither starts a line nor closes the fence."""
-    parts = [f"# Crash group {group['group_hash']}\n\n{url}\n"]
-    for title, text in _text_sections(group):
-        lines = ["    " + _MISLEADING_CHARACTERS.sub("\ufffd", line) for line in text.splitlines()]
-        parts.append("\n".join([f"## {title}", "", "```text", *lines, "```", ""]))
-    return "\n".join(parts)
-
-
-def _text_sections(group: JsonObject) -> Iterator[tuple[str, str]]:
     report: JsonObject = next(iter(group["reports"]), {})
-    reason = _shorten(report.get("exception_reason", ""), SHOWN_TEXT)
-    yield "Crash", "\n".join(filter(None, (group["place"], group["exception_type"], reason)))
-    frames = [_frame_row({name: frame[name] for name in frame.keys() & _KNOWN_FRAME_FIELDS})
-              for frame in report.get("stack_trace", [])[:SHOWN_FRAMES]]
-    yield "Stack trace of the latest crash (* marks the app's own code)", "\n".join(
-        f"{n:3} {'*' if frame.is_own else ' '} {_shorten(frame.symbol, 1000)}  {_shorten(frame.place)}".rstrip()
-        for n, frame in enumerate(frames)) or "none"
     spread = {"Crashes": group["count"], "Devices": group["devices"], "First seen": group["first_seen"],
               "Last seen": group["last_seen"]}
     for title, name in (("Versions", "versions"), ("Systems", "systems"), ("Models", "device_models")):
         counts = zip(group[name]["labels"], group[name]["data"])
         spread[title] = ", ".join(f"{_shorten(label, 80)} ({count})" for label, count in counts)
-    yield "Spread", "\n".join(f"{title}: {value}" for title, value in spread.items() if value not in (None, ""))
-    yield "History", "\n".join(f"{entry['at']} {entry['what']} {entry['detail'] or ''}".rstrip()
-                               for entry in group["history"]) or "none"
+    text = f"# Crash group {group['group_hash']}\n\n{url}\n"
+    for title, parts in (
+            ("Crash", [group["place"], group["exception_type"], report.get("exception_reason", "")]),
+            ("Stack trace of the latest crash (* marks the app's own code)", [
+                f"{n:3} {'*' if frame.is_own else ' '} {_shorten(frame.symbol, 1000)}  {_shorten(frame.place)}"
+                for n, frame in enumerate(_trace_rows(report, only_known=True)[:SHOWN_FRAMES])]),
+            ("Spread", [f"{name}: {value}" for name, value in spread.items() if value not in (None, "")]),
+            ("History", [f"{entry['at']} {entry['what']} {entry['detail'] or ''}" for entry in group["history"]])):
+        lines = chain.from_iterable(_shorten(part, SHOWN_TEXT).splitlines() for part in parts or ["none"])
+        indented = "\n".join("    " + _MISLEADING_CHARACTERS.sub("\ufffd", line.rstrip()) for line in lines)
+        text += f"\n## {title}\n\n```text\n{indented}\n```\n"
+    return text
 
 
 def _group_title(group: JsonObject) -> str:
@@ -6485,22 +6474,29 @@ _KNOWN_FRAME_FIELDS = {*chain.from_iterable(_FRAME_FIELDS.values()), "frame", "i
 FrameRow = namedtuple("FrameRow", "symbol place is_own address")  # what a page shows of a frame
 
 
-def _frame_row(frame: JsonObject) -> FrameRow:
-    """A frame for a page. `place` is its file and line, binary and unknown fields; `address` is within its binary."""
-    known = read_frame(frame)
-    line = _first_value(frame, "line")
-    file = known.file if line is None or not known.file else f"{known.file}:{line}"
-    unknown = [_json_text(value) for name, value in frame.items()
-               if name not in _KNOWN_FRAME_FIELDS and value is not None]
-    place = [file, known.binary if known.symbol else "", "inlined" if frame.get("inlined") else "", *unknown]
-    address = f"{known.binary} + {known.offset} {known.uuid}".strip() if known.offset is not None else ""
-    return FrameRow(known.title or "(no symbol)", ", ".join(filter(None, place)), bool(known.is_own), address)
+def _trace_rows(report: JsonObject, only_known: bool = False) -> list[FrameRow]:
+    """The frames of a crash, or those in the properties of an event, such as a hang. `place` is the file and line, the
+    binary and unknown fields; `address` is within the binary."""
+    trace, rows = report.get("properties", report).get("stack_trace"), []
+    for sent in trace if type(trace) is list else []:
+        if type(sent) is dict:
+            frame, line = read_frame(sent), _first_value(sent, "line")
+            file = frame.file if line is None or not frame.file else f"{frame.file}:{line}"
+            unknown = [_json_text(value) for name, value in sent.items()
+                       if name not in _KNOWN_FRAME_FIELDS and value is not None and not only_known]
+            place = [file, frame.binary if frame.symbol else "", "inlined" if sent.get("inlined") else "", *unknown]
+            address = f"{frame.binary} + {frame.offset} {frame.uuid}".strip() if frame.offset is not None else ""
+            rows.append(FrameRow(frame.title or "(no symbol)", ", ".join(filter(None, place)), frame.is_own, address))
+    return rows
 
 
-def _trace_rows(report: JsonObject) -> list[FrameRow]:
-    """The frames of a crash, or those in the properties of an event, such as a hang."""
-    trace = report.get("properties", report).get("stack_trace")
-    return [_frame_row(frame) for frame in trace if type(frame) is dict] if type(trace) is list else []
+def trace_html(frames: Sequence[FrameRow]) -> str:
+    items = "".join(
+        f"""<li{' class="own"' if frame.is_own else ''} title="{escape(_shorten(frame.address))}"><code>"""
+        f'{text_html(frame.symbol, 1000)}</code> <span class="place">{text_html(frame.place)}</span></li>'
+        for frame in frames[:SHOWN_FRAMES])
+    more = f'<p class="note">and {len(frames) - SHOWN_FRAMES:,} more frames</p>' if frames[SHOWN_FRAMES:] else ""
+    return f'<ol class="trace" start="0">{items}</ol>{more}' if frames else ""
 
 
 def build_name(build: JsonObject) -> str:
@@ -6534,22 +6530,23 @@ STYLE = """
 * { box-sizing: border-box; text-underline-offset: 0.2em; } dl, dd, form, .figure, .chart p { margin: 0; }
 body { margin: 0 auto; max-width: 78rem; padding: 0 1.25rem 2rem; background: var(--paper); color: var(--ink);
   font: 0.94rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; -webkit-text-size-adjust: 100%; }
-code, pre, .trace, .long dd { font-family: ui-monospace, Consolas, monospace; }
-th, dt, pre, footer, small, .note, .trace, .filter label { color: var(--soft); font-size: 0.9em; }
-.empty, .soft, .place, .chart p { color: var(--soft); } .danger, .problem { color: var(--bad); }
-header, nav, .facts, .filter, .actions { display: flex; flex-wrap: wrap; gap: 0.4rem 1.3rem; align-items: baseline; }
+code, pre, .trace, .key, .long dd { font-family: ui-monospace, Consolas, monospace; } p:empty { display: none; }
+th, dt, pre, footer, small, .note, .trace, label { color: var(--soft); font-size: 0.9em; }
+.empty, .soft, .place, .chart p { color: var(--soft); } .danger, .problem, .worse { color: var(--bad); }
+header, nav, .facts, .actions { display: flex; flex-wrap: wrap; gap: 0.4rem 1.3rem; align-items: baseline; }
 header { padding: 0.9rem 0 0.6rem; border-bottom: 2px solid var(--ink); } header nav { flex: 1; }
-.apps { padding: 0.5rem 0; border-bottom: 1px solid var(--rule); } .actions, .list + details { margin-top: 0.6rem; }
+.apps { padding: 0.5rem 0; border-bottom: 1px solid var(--rule); } .actions, .list ~ details { margin-top: 0.6rem; }
 a, summary, .plain { color: var(--link); } nav a, .brand { text-decoration: none; padding: 0.2rem 0; }
 h2 a, .brand, a[aria-current] { color: inherit; } a[aria-current] { border-bottom: 2px solid var(--mark); }
 a[aria-current], .brand, .own, .key { font-weight: 600; } .skip:not(:focus) { position: absolute; left: -99rem; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 1.4rem 0 0.8rem; } h2 { font-size: 0.95rem; margin: 0 0 0.5rem; }
+section, footer { margin: 1.75rem 0 0; min-width: 0; } .note { margin: 0.2rem 0; }
 footer, .tiles section { border-top: 1px solid var(--rule); padding-top: 0.6rem; }
 .grid { display: grid; gap: 0 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(var(--least), 100%), 1fr));
   --least: 17rem; } .tiles { --least: 9rem; column-gap: 2rem; } .tiles h2 { font-weight: 400; margin: 0; }
-.figure { font-size: 1.9rem; line-height: 1.2; } .note, .verdict { margin: 0.2rem 0; }
+.figure { font-size: 1.9rem; line-height: 1.2; }
 .brief { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 1; overflow: hidden;
-  word-break: break-all; } section, footer { margin: 1.75rem 0 0; min-width: 0; }
+  word-break: break-all; } [open] .brief { -webkit-line-clamp: none; }
 table { border-collapse: collapse; width: 100%; } .list tr { border-bottom: 1px solid var(--rule); }
 th { text-align: left; font-weight: 400; } thead { overflow-wrap: normal; }
 th, td { padding: 0.4rem 1.2rem 0.4rem 0; vertical-align: top; } :is(th, td):last-child { padding-right: 0; }
@@ -6571,16 +6568,15 @@ li { padding: 0.15rem 0 0.15rem 0.6rem; border-left: 3px solid transparent; }
 .own { color: var(--ink); border-left-color: var(--bad); } .own .place { color: var(--link); }
 .context > :not(.long) { display: grid; grid-template-columns: 9rem minmax(0, 1fr); gap: 0.4rem; padding: 0.2rem 0; }
 pre, .long dd { margin: 0.2rem 0; padding: 0.5rem 0.7rem; white-space: pre-wrap; max-height: 22rem; overflow-y: auto; }
-form, label { display: inline-block; } form, label, details { max-width: 100%; } p label { margin: 0 0.8rem 0.3rem 0; }
-.filter { align-items: end; margin-bottom: 1rem; } .filter :is(label, input, select) { display: block; }
+form { display: inline-flex; flex-wrap: wrap; gap: 0.4rem 1.3rem; align-items: end; } .filter { margin-bottom: 1rem; }
+form, label, details { max-width: 100%; } label > :is(select, input:not([type=checkbox])) { display: block; }
 input, select, button, textarea { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 3px;
   padding: 0.3rem 0.6rem; max-width: 100%; } input:not([type=checkbox]), select, button { min-height: 2.5rem; }
 input, select, textarea { background: var(--paper); color: var(--ink); font-size: 1rem; } [type=number] { width: 7rem; }
+label:has([type=checkbox]) { display: inline-flex; flex-direction: row-reverse; gap: 0.4rem; color: inherit; }
 button, summary { cursor: pointer; } button:hover { border-color: var(--ink); }
 .plain { border: 0; padding: 0; min-height: 0; background: none; } td form { margin-right: 0.8rem; }
-.sign-in { max-width: 24rem; } .sign-in :is(form, label, #token) { display: block; width: 100%; }
 .hint { padding: 0.3rem 1rem 0.8rem; border-left: 3px solid var(--mark); } .key { user-select: all; }
-:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 @media (max-width: 60rem) {
   .crash { grid-template-columns: minmax(0, 1fr); } .spark { display: inline-block; vertical-align: middle; }
   .list thead { position: absolute; clip-path: inset(50%); } .list, .list tbody { display: block; }
@@ -6591,6 +6587,7 @@ button, summary { cursor: pointer; } button:hover { border-color: var(--ink); }
   .list td:not(.main):is(:empty, :has(> bdi:empty)), :is(.list, .bars) .code { display: none; }
   time::after { content: ", " attr(title); color: var(--soft); font-size: 0.9em; }
   a, nav a, .brand, summary, .plain, label:has([type=checkbox]) { padding-block: 12px; }
+  details:not([open]) > .brief { padding-block: 0; line-height: 40px; }
   header nav { order: 1; flex-basis: 100%; column-gap: 0.8rem; } .brand { flex: 1; }
   .apps { flex-wrap: nowrap; overflow-x: auto; white-space: nowrap; } .apps [aria-current] { order: -1; }
 }
@@ -6604,7 +6601,8 @@ PAGE_HEADERS = {
 
 
 # == Page requests =============================================================
-# What a request for a page carries: its address, its browser's session and its form.
+# What a request for a page carries: its address, its browser's session and its form; and the parts of a page that
+# depend on them.
 
 SESSION_LIFETIME = 7 * DAY
 Response = Any  # a bottle.HTTPResponse; bottle has no types
@@ -6626,6 +6624,9 @@ class PageRequest:
         self.form: dict[str, str] = {}
         cookie_match = re.search(f"(?:^|; ?){cookie}=([0-9a-f]{{32}})(?:;|$)", environ.get("HTTP_COOKIE", ""))
         self.session = cookie_match[1] if cookie_match else ""
+        # Another site does not know the session, so it cannot make the token of its forms. The sign-in form has no
+        # session: it needs the admin token anyway.
+        self.form_token = sha256("form" + self.session).hex()
 
     @property
     def url(self) -> str:
@@ -6633,17 +6634,6 @@ class PageRequest:
         host = re.fullmatch(r"[0-9A-Za-z.:\[\]-]+", self.environ.get("HTTP_HOST", ""))
         scheme = "https" if self.environ.get("wsgi.url_scheme") == "https" else "http"
         return self._public_url or f"{scheme}://{host[0] if host else 'localhost'}{self.root}"
-
-    def parameters(self, *names: str) -> dict[str, Any]:
-        """The result of _parameters(), without `days` if it is "all"."""
-        query = {name: value for name, value in self.query.items() if (name, value) != ("days", "all")}
-        return _parameters(query, *names)
-
-    @property
-    def form_token(self) -> str:
-        """The token of this session's forms. Another site does not know the session, so it cannot make the token. The
-        sign-in form has no session: it needs the admin token anyway."""
-        return sha256("form" + self.session).hex()
 
     def read_form(self) -> None:
         """Reads the form. Raises Refusal unless it comes from a page of this session."""
@@ -6653,18 +6643,30 @@ class PageRequest:
         if not hmac.compare_digest(token, self.form_token.encode()):
             raise Refusal("form expired")
 
-    def link(self, path: str, **query: Any) -> str:
+    def link(self, path: str, /, **query: Any) -> str:
         """The address of a page about the same app, unless `query` names another. None and "" are left out."""
         app = self.app if any(app.name == self.app for app in self.apps or ()) else None
         query = {name: value for name, value in {"app": app, **query}.items() if value not in (None, "")}
         return self.root + path + ("?" + urlencode(query) if query else "")
 
+    def anchor(self, text: str, path: str, /, **query: Any) -> str:
+        """HTML for a link() with this text."""
+        return f'<a href="{escape(self.link(path, **query))}">{text_html(text, 120)}</a>'
+
+    def form_html(self, button: str, *parts: str, after: str = "", css: str = "", path: str = "", **hidden: str) -> str:
+        """HTML for a form that posts to `path`, or to this page: hidden fields, with the token that read_form() checks,
+        then parts in HTML, a button, and HTML after it."""
+        fields = "".join(f'<input type="hidden" name="{name}" value="{escape(value)}">'
+                         for name, value in {"form_token": self.form_token, **hidden}.items())
+        content = "\n".join([*parts, f'<button class="{css}">{button}</button>', after])
+        return f'<form method="post" action="{escape(self.link(path or self.path))}">{fields}\n{content}</form>'
+
     def moved(self, group_hash: str) -> str:
         """The address of this page for another group."""
         return self.root + re.sub("[0-9a-f]{16}", group_hash, self.path_and_query, count=1)
 
-    def redirect(self, path: str) -> Response:
-        return bottle.HTTPResponse(b"", 303, {**PAGE_HEADERS, "Location": self.root + path})
+    def redirect(self, path: str, status: int = 303) -> Response:
+        return bottle.HTTPResponse(b"", status, {**PAGE_HEADERS, "Location": self.root + path})
 
     def set_session(self, response: Response, session: str, lifetime: int = SESSION_LIFETIME) -> Response:
         """Sets the session's cookie. It is Lax, so that a link from a chat or an email opens in the same session. That
@@ -6673,22 +6675,19 @@ class PageRequest:
                             secure=self.url.startswith("https:"), max_age=lifetime // SECOND)
         return response
 
-    def time_html(self, time: str | int) -> str:
-        """HTML for a time, as text or in milliseconds: its age, or its date if it is old. A tooltip has the rest."""
-        at = parse_time(time) if isinstance(time, str) else time
+    def value_html(self, value: str | float | None) -> str:
+        """HTML for a percentage, a count or a time."""
+        if isinstance(value, str):
+            return self.time_html(parse_time(value))
+        return "-" if value is None else f"{value:.2f} %" if isinstance(value, float) else f"{value:,}"
+
+    def time_html(self, at: int) -> str:
+        """HTML for a time in milliseconds: its age, or its date if it is old. A tooltip has the rest."""
         exact, age = iso_time(at)[:19].replace("T", " "), self.now - at
         units = [(DAY, "d"), (HOUR, "h"), (MINUTE, "min")]
         age_text = next((f"{age // unit} {name} ago" for unit, name in units if age >= unit), "just now")
         shown, title = (age_text, exact) if -MAX_SKEW <= age < 100 * DAY else (exact[:10], exact[11:])
         return f'<time datetime="{iso_time(at)}" title="{title}">{shown}</time>'
-
-    def value_html(self, value: Any) -> str:
-        """HTML for a percentage, a count or a time."""
-        if value is None:
-            return "-"
-        if isinstance(value, str):
-            return self.time_html(value)
-        return f"{value:.2f} %" if isinstance(value, float) else f"{value:,}"
 
     def app_names(self, row: JsonObject) -> str:
         """The apps of a row of a list, or "" if there is only one or the page is about one."""
@@ -6731,7 +6730,7 @@ class Dashboard:
                 ("GET", "/crashes/<group_hash>", self._group), ("POST", "/crashes/<group_hash>", self._triage),
                 ("GET", "/events", self._events), ("GET", "/usage", self._usage), ("GET", "/releases", self._releases),
                 ("GET", "/apps", self._apps), ("POST", "/apps", self._change_apps),
-                ("GET", "/sign-in", self._sign_in_page), ("POST", "/sign-in", self._sign_in),
+                ("GET", "/sign-in", self._sign_in), ("POST", "/sign-in", self._sign_in),
                 ("POST", "/sign-out", self._sign_out)):
             yield method, path, partial(self._respond, handler)
 
@@ -6760,9 +6759,8 @@ class Dashboard:
         status, _, headers = _refusal_answer(refusal)
         with suppress(Exception):  # if the database fails here, too, the page has no navigation
             self._load_session(page)
-        hint = _ERROR_HINTS.get(status, "The address or the form is not valid.")
-        hint = _capitalize(refusal.detail) + "." if refusal.detail else hint
-        response = self._render(page, _capitalize(str(refusal)), "error", status, hint=hint)
+        hint = _sentence(refusal.detail) or _ERROR_HINTS.get(status, "The address or the form is not valid.")
+        response = self._render(page, _sentence(str(refusal), end=""), "error", status, hint=hint)
         response.headers.update(headers)
         return response
 
@@ -6773,31 +6771,29 @@ class Dashboard:
         return page.apps is not None
 
     def _render(self, page: PageRequest, title: str, template: str, status: int = 200, **values: Any) -> Response:
-        values.update(_TEMPLATE_GLOBALS, page=page, title=title, status=status, apps=page.apps, link=page.link,
+        """A page. Its template can use these values, the names of this file, and a few methods of the page."""
+        values.update(page=page, title=title, status=status, link=page.link, anchor=page.anchor, form=page.form_html,
                       time_html=page.time_html, value_html=page.value_html)
-        values["body"] = _TEMPLATES[template].render(values)
-        return _text_response(_TEMPLATES["layout"].render(values), "text/html", status)
+        body = _TEMPLATES[template].render(globals(), values)
+        return _text_response(_TEMPLATES["layout"].render(globals(), values, body=body), "text/html", status)
 
     # Signing in and out
 
-    def _sign_in_page(self, page: PageRequest, problem: str = "", status: int = 200) -> Response:
-        code = page.query.get("code", "")
-        if code and page.environ["REQUEST_METHOD"] == "GET":  # a link preview sends HEAD, and must not use up the code
-            if self._store.withdraw("code", code):
-                return self._start_session(page, "/")
-            problem, status = "This link has been used or has expired. Sign in with the admin token.", 403
-        target = page.form.get("next") or page.query.get("next", "/")
-        return self._render(page, "Sign in", "sign_in", status, problem=problem, target=target)
-
     def _sign_in(self, page: PageRequest) -> Response:
-        if not self._store.is_secret("admin_token", page.form.get("token", "").strip().encode()):
-            return self._sign_in_page(page, "That is not the admin token.", 403)
-        return self._start_session(page, page.form.get("next", ""))
-
-    def _start_session(self, page: PageRequest, target: str) -> Response:
-        """Starts a session with a new id, because an attacker may have planted the one that the browser had."""
+        """The form for the admin token; or a new session, for the token or for the code of a link."""
+        method, code, is_right, problem = page.environ["REQUEST_METHOD"], page.query.get("code"), False, ""
+        if method == "POST":
+            is_right = self._store.is_secret("admin_token", page.form.get("token", "").strip().encode())
+            problem = "That is not the admin token."
+        elif code and method == "GET":  # a link preview sends HEAD, and must not use up the code
+            is_right = self._store.withdraw("code", code)
+            problem = "This link has been used or has expired. Sign in with the admin token."
+        target = page.form.get("next") or page.query.get("next", "/")
+        if not is_right:
+            return self._render(page, "Sign in", "sign_in", 403 if problem else 200, problem=problem, target=target)
         is_path_here = re.fullmatch(r"/(?![/\\])[!-~]*", target)  # browsers read //x and /\x as another host
         response = page.redirect(target if is_path_here else "/")
+        # The id is a new one, because an attacker may have planted the one that the browser had.
         return page.set_session(response, self._store.grant("session", SESSION_LIFETIME))
 
     def _sign_out(self, page: PageRequest) -> Response:
@@ -6815,35 +6811,41 @@ class Dashboard:
             types=metrics.crash_types(app, 30), devices=metrics.devices(app, 30))
 
     def _crashes(self, page: PageRequest) -> Response:
-        filters = page.parameters("version", "text", "state", "sort", "cursor", "days")
-        is_filtered = {"version", "text", "days", "state"} & page.query.keys()  # also by days=all
-        days = filters.pop("days", None if is_filtered else WEEK_DAYS)
-        listing = self._metrics.groups(page.app, **filters, days=days, limit=LIST_ROWS)
+        query = dict(page.query)
+        if not {"version", "text", "days", "state"} & query.keys():
+            query["days"] = str(WEEK_DAYS)
+        if query.get("days") == "all":
+            del query["days"]
+        parameters = _parameters(query, "version", "text", "state", "sort", "cursor", "days")
+        listing = self._metrics.groups(page.app, **parameters, limit=LIST_ROWS)
         hashes = [group["group_hash"] for group in listing["groups"]]
-        details = self._metrics.days_of_groups(hashes, page.app, filters.get("version"))["groups"]
-        periods = [(n, f"last {n} days" if n > 1 else "today") for n in sorted({1, 7, 30, 90, 365, days or 1})]
+        details = self._metrics.days_of_groups(hashes, page.app, parameters.get("version"))["groups"]
+        days = parameters.setdefault("days", "all")
+        periods = [(n, f"last {n} days" if n > 1 else "today") for n in sorted({1, 7, 30, 90, 365, days} - {"all"})]
+        fields = (("Version", "version"), ("Period", "days", [("all", "all days"), *periods]),
+                  ("Sort by", "sort", [(sort, sort.replace("_", " ")) for sort in SORT_COLUMNS]),
+                  ("State", "state", [("", "all"), *((state, state) for state in STATE_CONDITIONS if state)]),
+                  ("Text", "text"))
         return self._render(
-            page, "Crashes", "crashes", parameters={**filters, "days": days or "all"}, next=listing["next"],
-            groups=[{**group, **details[group["group_hash"]]} for group in listing["groups"]],
-            periods=[("all", "all days"), *periods], sorts=[(sort, sort.replace("_", " ")) for sort in SORT_COLUMNS],
-            states=[state for state in STATE_CONDITIONS if state])
+            page, "Crashes", "crashes", parameters=parameters, fields=fields, next=listing["next"],
+            groups=[{**group, **details[group["group_hash"]]} for group in listing["groups"]])
 
     def _group(self, page: PageRequest, group_hash: str) -> Response:
-        metrics, group = self._metrics, self._metrics.group(group_hash, page.app, limit=2)
-        id, crashes_per_day = page.query.get("report"), metrics.days_of_groups([group_hash], page.app)
-        report = metrics.crash(id, page.app) if id else next(iter(group["reports"]), {})
+        metrics, app, id = self._metrics, page.app, page.query.get("report")
+        group, crashes_per_day = metrics.group(group_hash, app, limit=2), metrics.days_of_groups([group_hash], app)
+        report = metrics.crash(id, app) if id else next(iter(group["reports"]), {})
         if report.get("group_hash", group_hash) != group_hash:
             raise Refusal("not found")
+        older, newer = next((crash["id"] for crash in group["reports"][1:]), None), None  # of the latest
         if id:
-            older, newer = metrics.neighbours(report, page.app)
-        else:  # it is the latest, and the group has the one before it
-            older, newer = next((crash["id"] for crash in group["reports"][1:]), None), None
+            older, newer = metrics.neighbours(report, app)
         details = crashes_per_day["groups"][group_hash]
         apps = details["apps"]
         return self._render(
             page, _group_title(group), "group", group=group, group_apps=apps, report=report, older=older, newer=newer,
-            next_build=metrics.next_build(group_hash, apps[0]) if len(apps) == 1 else "", is_latest=not id,
-            breadcrumbs=_breadcrumb_steps(report), events=[*_event_steps(report, metrics.events_before(report))],
+            next_build=metrics.next_build(group_hash, apps[0]) if len(apps) == 1 else "",
+            breadcrumbs=_breadcrumb_steps(report),
+            events=[_event_step(event, report) for event in metrics.events_before(report)],
             chart=chart("Crashes", crashes_per_day["labels"], details["days"], draw_columns),
             frames=_trace_rows(report), fields=_field_rows(page, report))
 
@@ -6856,11 +6858,11 @@ class Dashboard:
     def _triage(self, page: PageRequest, group_hash: str) -> Response:
         """Applies the change of a form on a group's page. Empty fields do not count."""
         change: JsonObject = {name: text for name, text in page.form.items() if name in TRIAGE_FIELDS and text.strip()}
-        if "until" in change:
-            change["until"] += "T00:00:00Z"
-        for name in ("more_crashes", "more_devices"):
-            with suppress(KeyError, ValueError):  # text that is not a number stays, and is refused
-                change[name] = int(change[name])
+        for name, text in change.items():
+            if name == "until":
+                change[name] = text + "T00:00:00Z"
+            elif name.startswith("more_") and re.fullmatch("[0-9]{1,10}", text):  # else it is refused
+                change[name] = int(text)
         self._store.triage(group_hash, parse_triage(change, page.now), page.app)
         return page.redirect(page.path_and_query)
 
@@ -6872,85 +6874,84 @@ class Dashboard:
             events=metrics.event_names(app)["events"])
 
     def _events(self, page: PageRequest) -> Response:
-        parameters = page.parameters("type", "name", "session_id", "device_id_hash", "cursor")
+        parameters = _parameters(page.query, "type", "name", "session_id", "device_id_hash", "cursor")
         is_session = "session_id" in parameters
         listing = self._metrics.events(page.app, **parameters, limit=LIST_ROWS, oldest_first=is_session)
+        fields = (("Type", "type", [("", "all"), *zip(EVENT_TYPES, EVENT_TYPES)]), ("Name", "name"),
+                  ("Session", "session_id"), ("Device", "device_id_hash"))
         return self._render(page, "Session" if is_session else "Events", "events", **listing, parameters=parameters,
-                            types=EVENT_TYPES, scanned_events=SCANNED_EVENTS)
+                            fields=fields, is_session=is_session)
 
     def _releases(self, page: PageRequest) -> Response:
-        return self._render(page, "Releases", "releases", **self._metrics.releases(page.app, **page.parameters("sort")))
+        releases = self._metrics.releases(page.app, **_parameters(page.query, "sort"))
+        return self._render(page, "Releases", "releases", **releases)
 
     def _feed(self, page: PageRequest) -> Response:
         """New and regressed groups as Atom, or a 404 without the feed's token."""
         if not self._store.is_secret("feed_token", page.query.get("token", "").encode("utf-8", "replace")):
             raise Refusal("not found")
-        feed = _TEMPLATES["feed"].render(_TEMPLATE_GLOBALS, page=page, news=self._metrics.news(page.app))
+        feed = _TEMPLATES["feed"].render(globals(), page=page, news=self._metrics.news(page.app))
         return _text_response(feed, "application/atom+xml")
 
     # The page of apps, keys, alerts and the feed
 
-    def _apps(self, page: PageRequest, notice: JsonObject | None = None, status: int = 200) -> Response:
+    def _apps(self, page: PageRequest, message: str = "", secret: str = "", status: int = 200) -> Response:
+        """The page of apps, keys, alerts and the feed; with the message and the secret of a change."""
         page.apps = self._store.apps()
         return self._render(
-            page, "Apps", "apps", status, notice=notice or {}, keys=self._store.keys(), fact_kinds=FACT_KINDS,
+            page, "Apps", "apps", status, message=message, secret=secret, keys=self._store.keys(),
             channels=self._alerts.channels(), has_feed=bool(self._store.secret_hash("feed_token")))
 
     def _change_apps(self, page: PageRequest) -> Response:
-        action = page.form.get("action", "")
-        change = self._change_channels if "channel" in action else self._change_keys
         try:
-            return self._apps(page, change(page, action))
+            message, secret = self._change(page, page.form.get("action", ""), page.form.get("name", ""))
         except StoreError as error:
-            return self._apps(page, {"message": _capitalize(str(error)) + "."}, 400)
+            return self._apps(page, _sentence(str(error)), status=400)
+        page.form = {}
+        return self._apps(page, message, secret)
 
-    def _change_keys(self, page: PageRequest, action: str) -> JsonObject:
-        """Changes an app, key or feed; returns a message for the page and, if any, a secret that it shows once."""
-        store, form, name = self._store, page.form, page.form.get("name", "")
+    def _change(self, page: PageRequest, action: str, name: str) -> tuple[str, str]:
+        """Changes an app, key, channel or the feed; returns a message, and a secret that is shown once, or ""."""
+        store, alerts, form = self._store, self._alerts, page.form
+        id = int(form["id"]) if re.fullmatch("[0-9]{1,9}", form.get("id", "")) else 0
         if action in ("create", "key"):
             key = store.create_app(name, "test" in form) if action == "create" else store.create_key(name)
-            return {"message": f"New key for {name}, shown only once:", "secret": key, "curl": curl_line(page.url, key)}
+            return f"New key for {name}, shown only once:", key
         if action == "revoke":
             revoked = store.revoke_key(form.get("key", ""))
-            return {"message": f"Revoked the key {revoked.prefix}... of {revoked.app}."}
+            return f"Revoked the key {revoked.prefix}... of {revoked.app}.", ""
         if action == "delete":
             if form.get("typed") != name:
                 raise StoreError(f"to delete the app, type its name: {name}")
             store.delete_app(name)
             store.catch_up_in_background()
-            return {"message": f"Deleted {name}. Its reports are being deleted."}
+            return f"Deleted {name}. Its reports are being deleted.", ""
+        if action == "test-channel":
+            alerts.test(id)
+            return f"Sent a test message to channel {id}.", ""
+        if action == "remove-channel":
+            alerts.remove(id)
+            return f"Removed channel {id}.", ""
+        if action == "add-channel":
+            id, secret = self._add_channel(form)
+            return f"Added channel {id}" + (". Its secret, shown only once:" if secret else "."), secret
         if action == "make-feed":
-            address = f"{page.url}/crashes.atom?token={store.create_feed_token()}"
-            return {"message": "The feed's address, shown only once:", "secret": address}
+            return "The feed's address, shown only once:", f"{page.url}/crashes.atom?token={store.create_feed_token()}"
         if action == "withdraw-feed":
             store.revoke_feed_token()
-            return {"message": "Withdrew the feed's address."}
+            return "Withdrew the feed's address.", ""
         raise StoreError("there is no such action")
 
-    def _change_channels(self, page: PageRequest, action: str) -> JsonObject:
-        """Like _change_keys(), for the channels of alerts."""
-        form = page.form
-        id = int(form["id"]) if re.fullmatch("[0-9]{1,9}", form.get("id", "")) else 0
-        if action == "test-channel":
-            self._alerts.test(id)
-            return {"message": f"Sent a test message to channel {id}."}
-        if action == "remove-channel":
-            self._alerts.remove(id)
-            return {"message": f"Removed channel {id}."}
-        if action != "add-channel":
-            raise StoreError("there is no such action")
+    def _add_channel(self, form: Mapping[str, str]) -> tuple[int, str]:
         kinds = [kind for kind in FACT_KINDS if f"on-{kind}" in form]
         if not kinds:  # add() would take the usual ones
             raise StoreError("check at least one fact")
         hour = int(form["hour"]) if re.fullmatch("1?[0-9]|2[0-3]", form.get("hour", "")) else 7
-        url, app = form.get("url", "").strip(), form.get("app") or None
-        id, secret = self._alerts.add(url, app, kinds, "reason" in form, hour)
-        return {"message": f"Added channel {id}" + (". Its secret, shown only once:" if secret else "."),
-                "secret": secret}
+        return self._alerts.add(form.get("url", "").strip(), form.get("app") or None, kinds, "reason" in form, hour)
 
 
-def _capitalize(text: str) -> str:
-    return text[:1].upper() + text[1:]
+def _sentence(text: str, end: str = ".") -> str:
+    return text[:1].upper() + text[1:] + end if text else ""
 
 
 _SHOWN_ELSEWHERE = ("exception_type", "exception_reason", "stack_trace", "raw_stack_trace", "group_hash", "extra")
@@ -6959,154 +6960,128 @@ _SHOWN_ELSEWHERE = ("exception_type", "exception_reason", "stack_trace", "raw_st
 def _field_rows(page: PageRequest, report: JsonObject) -> Iterator[tuple[str, str]]:
     """The label and HTML of each field of a crash that is not shown elsewhere, even if the server does not know it. An
     unknown field may have the name of a known one, and any value."""
-    formats: dict[str, Callable[[Any], str]] = {
-        "occurred_at": page.time_html, "received_at": page.time_html, "device_model": device_html}
+    formats = {"occurred_at": page.value_html, "received_at": page.value_html, "device_model": device_html}
     known = [(name, value, formats.get(name)) for name, value in report.items() if name not in _SHOWN_ELSEWHERE]
     unknown = [(name, value, None) for name, value in report.get("extra", {}).items()
                if name != "breadcrumbs" or not _breadcrumb_steps(report)]
     for name, value, to_html in known + unknown:
-        yield name.replace("_", " "), to_html(value) if to_html else f"<bdi>{escape(_json_text(value))}</bdi>"
+        yield name.replace("_", " "), to_html(value) if to_html else text_html(_json_text(value), SHOWN_TEXT)
 
 
 # == Template parts ============================================================
-# Parts of templates: constants, and functions that return template source, such as _table(). `{{ }}` escapes; `{{! }}`
-# inserts HTML, made above.
+# Parts of templates: constants, and functions that return HTML or, like _table(), template source. `{{ }}` escapes;
+# `{{! }}` inserts HTML, made above.
 
 _NAVIGATION = (
     ("/", "Overview"), ("/crashes", "Crashes"), ("/usage", "Usage"), ("/releases", "Releases"), ("/apps", "Apps"))
 Column = tuple[str, str, str]  # label, template of a cell of `row`, and CSS class
 
 
-def _value_column(label: str) -> Column:
-    """A column for the field with this label, a figure or a time."""
-    name = label.lower().replace(" ", "_").replace("-", "_")
+def field_html(label: str, name: str, value: Any = "", choices: Iterable[tuple[Any, str]] = (), more: str = "",
+               is_checked: bool | None = None) -> str:
+    """HTML for a labelled field of a form: a drop-down list if there are choices, pairs of a value and its label; a
+    checkbox if it is known whether it is checked; else an input with `more` attributes."""
+    if choices:
+        options = (f'<option value="{escape(str(each))}"{" selected" if each == value else ""}>{escape(text)}</option>'
+                   for each, text in choices)
+        return f'<label>{label} <select name="{name}">{"".join(options)}</select></label>'
+    if is_checked is not None:
+        more = 'type="checkbox"' + " checked" * is_checked
+    return f'<label>{label} <input name="{name}" value="{escape(str(value))}" {more}></label>'
+
+
+def _channel_form(page: PageRequest) -> str:
+    """The form that adds a channel. If one was refused, it has what was typed."""
+    typed, is_new = page.form, "url" not in page.form
+    apps = [("", "all live apps"), *((app.name, app.name) for app in page.apps or ())]
+    kinds = (field_html(kind, f"on-{kind}", 1, is_checked=is_on if is_new else f"on-{kind}" in typed)
+             for kind, is_on in FACT_KINDS.items())
+    return page.form_html(
+        "Add channel", field_html("Address", "url", typed.get("url", ""), more='size="30" required'),
+        field_html("App", "app", typed.get("app"), apps), *kinds,
+        field_html("Hour of the digest (UTC)", "hour", typed.get("hour", 7), more='type="number" min="0" max="23"'),
+        field_html("Include exception reasons", "reason", 1, is_checked="reason" in typed), action="add-channel")
+
+
+def _filter_form(page: PageRequest, fields: Iterable[tuple[Any, ...]], parameters: JsonObject) -> str:
+    """The form above a list. Each field has a label, a name and perhaps choices."""
+    inputs = "\n".join(field_html(label, name, parameters.get(name, ""), *choices) for label, name, *choices in fields)
+    return (f'<form class="filter" method="get" action="{page.root}{page.path}"><input type="hidden" name="app"'
+            f' value="{escape(page.app or "")}">\n{inputs}\n<button>Show</button></form>')
+
+
+def _value_column(label: str, name: str = "") -> Column:
+    """A column for the field with this name, else with the name of its label: a figure or a time."""
+    name = name or label.lower().replace(" ", "_").replace("-", "_")
     return label, f'{{{{!value_html(row["{name}"])}}}}', "" if name.endswith("seen") else "number"
 
 
 def _table(rows: str, *columns: Column | str, empty: str = "", note: str = "") -> str:
     """A table of `rows`, a template expression, with a note below. A mere label stands for _value_column(). On a narrow
     screen, a cell starts with its label, unless its class is "bare" or "main"; a main cell comes first."""
-    head, body = "", ""
-    for column in columns:
-        label, cell, css = _value_column(column) if isinstance(column, str) else column
-        head += f'<th scope="col" class="{css}">{label}</th>\n'
-        body += f'<td class="{css}" data-label="{label}">{cell}</td>\n'
-    return f"""% if {rows}:
-<table class="list"><thead><tr>
-{head}</tr></thead><tbody>
+    cells = [_value_column(column) if isinstance(column, str) else column for column in columns]
+    head = "\n".join(f'<th scope="col" class="{css}">{label}</th>' for label, _, css in cells)
+    body = "\n".join(f'<td class="{css}" data-label="{label}">{cell}</td>' for label, cell, css in cells)
+    return f"""
+% if {rows}:
+<table class="list"><thead><tr>{head}</tr></thead><tbody>
 % for row in {rows}:
-<tr>
-{body}</tr>
+<tr>{body}</tr>
 % end
-</tbody></table>
-{f'<p class="note">{note}</p>' if note else ""}
+</tbody></table><p class="note">{note}</p>
 % else:
 <p class="empty">{empty}</p>
 % end
 """
 
 
-def _form(content: str, target: str = "page.path", **hidden: str) -> str:
-    """A form with the token that read_form() checks. `target` has the arguments of link()."""
-    inputs = "".join(f'<input type="hidden" name="{name}" value="{value}">\n'
-                     for name, value in {"form_token": "{{page.form_token}}", **hidden}.items())
-    return f'<form method="post" action="{{{{link({target})}}}}">\n{inputs}{content}</form>\n'
-
-
-def _select(name: str, choices: str, chosen: str = "None") -> str:
-    """A drop-down list. `choices` is a template expression for values, or for pairs of a value and its label."""
-    return f"""<select name="{name}">
-% for value, label in (choice if type(choice) is tuple else (choice, choice) for choice in {choices}):
-<option value="{{{{value}}}}"{{{{" selected" if value == {chosen} else ""}}}}>{{{{label}}}}</option>
-% end
-</select>"""
-
-
-_APP_NAMES = '<small><bdi>{{page.app_names(row)}}</bdi></small>\n'
-_GROUP_COLUMN = ("Crash", """
-<a href="{{link("/crashes/" + row["group_hash"])}}"><bdi>{{shorten(group_title(row), 120)}}</bdi></a>
+_APP_NAMES = '<small>{{!text_html(page.app_names(row))}}</small>'
+_COUNT_COLUMN = _value_column("Crashes", "count")
+_GROUP_COLUMN = ("Crash", """{{!anchor(_group_title(row), "/crashes/" + row["group_hash"])}}
 <b>{{"new" if row["is_new"] else ""}}
 {{row["state"] if row["state"] != "open" else "regressed" if row["regressed_at"] else ""}}</b>
-% brief = (page.app_names(row), row["exception_type"] if row["place"] else "", shorten(row["exception_reason"]))
-<span class="brief soft"><bdi>{{!":</bdi> <bdi>".join(escape(text) for text in brief if text)}}</bdi></span>
-""", "main")
-_CRASHES_COLUMN = ("Crashes", '{{number(row["count"])}}', "number")
-_SCORED_DEVICES_COLUMN = ("Devices", """{{number(row["devices"])}} <small>
+% brief = (page.app_names(row), row["exception_type"] if row["place"] else "", row["exception_reason"])
+<span class="brief soft">{{!": ".join(text_html(text) for text in brief if text)}}</span>""", "main")
+_SCORED_DEVICES_COLUMN = ("Devices", """{{!value_html(row["devices"])}} <small>
 % if row["newest"] and row["of_newest"] != row["devices"]:
-({{number(row["of_newest"])}} in {{shorten(row["newest"], 12)}})
+({{!value_html(row["of_newest"])}} in {{_shorten(row["newest"], 12)}})
 % end
 </small>""", "number")
-_VERSION_COLUMN = ("Version", '<bdi>{{shorten(row.get("app_version", ""), 40)}}</bdi>', "bare")
-_DEVICE_COLUMN = ("Device", '{{!device_html(row.get("device_model", ""))}}', "bare")
-_RELEASE_COLUMN = ("Version", """\
-<a href="{{link("/crashes", app=row["app"], version=row["app_version"])}}"><bdi>\
-{{shorten(row["app_version"], 40)}}</bdi></a>
+_RELEASE_COLUMN = ("Version", """
+{{!anchor(_shorten(row["app_version"], 40), "/crashes", app=row["app"], version=row["app_version"])}}
 """ + _APP_NAMES, "main")
-_NO_RELEASES = "No releases yet. Releases appear once reports have an <code>app_version</code>."
-_TILE_GRID = """<div class="grid tiles">
-% for name, value, note, chart in tiles:
-<section><h2>{{name}}</h2><p class="figure">{{value}}</p><p class="note">{{note}}</p>{{!chart}}</section>
-% end
-</div>
-"""
-_FILTER_FORM = """<form class="filter" method="get" action="{{page.root}}{{page.path}}">
-<input type="hidden" name="app" value="{{page.app or ""}}">
-"""
+_NO_RELEASES = '<span class="soft">No releases yet. They appear once reports have an <code>app_version</code>.</span>'
 _PAGE_LINKS = """<p class="actions">
-% if "cursor" in parameters:
-<a href="{{link(page.path, **{**parameters, "cursor": None})}}">First page</a>
-% end
-% if next:
-<a href="{{link(page.path, **{**parameters, "cursor": next})}}">Next page</a>
-% end
-</p>
-"""
-_TRACE = """% if frames:
-<ol class="trace" start="0">
-% for frame in frames[:max_frames]:
-<li{{!' class="own"' if frame.is_own else ""}} title="{{shorten(frame.address)}}"><code><bdi>\
-{{shorten(frame.symbol, 1000)}}</bdi></code> <span class="place"><bdi>{{shorten(frame.place)}}</bdi></span></li>
-% end
-</ol>
-<p class="note">{{"and {:,} more frames".format(len(frames) - max_frames) if frames[max_frames:] else ""}}</p>
-% end
+{{!anchor("First page", page.path, **{**parameters, "cursor": None}) if "cursor" in parameters else ""}}
+{{!anchor("Next page", page.path, **{**parameters, "cursor": next}) if next else ""}}</p>
 """
 _TRIAGE_SECTION = """<section><h2>{{group["state"].capitalize()}}
 {{"in " + group["fixed_in"] if group["fixed_in"] and group["state"] == "resolved" else ""}}
-{{!"again since " + time_html(group["regressed_at"]) if group["regressed_at"] and group["state"] == "open" else ""}}
+{{!"again since " + value_html(group["regressed_at"]) if group["regressed_at"] and group["state"] == "open" else ""}}
 </h2><div class="actions">
 % if len(group_apps) > 1:
 <p class="note">Several apps have this crash. Choose one to change its state there:
-% for name in group_apps:
-<a href="{{link(page.path, app=name)}}"><bdi>{{name}}</bdi></a>
-% end
-</p>
+{{!" ".join(anchor(name, page.path, app=name) for name in group_apps)}}</p>
 % else:
 % if group["state"] != "resolved":
-""" + _form("""<button>Resolve</button>
-<label>in version <input name="fixed_in" value="{{next_build}}" maxlength="500" size="14"></label>
-""", "page.path, app=group_apps[0]", state="resolved") + """\
+{{!form("Resolve", after=field_html("in version", "fixed_in", next_build), state="resolved")}}
 % end
-% if group["state"] != "open":
-""" + _form("<button>Reopen</button>", "page.path, app=group_apps[0]", state="open") + """\
-% end
+{{!form("Reopen", state="open") if group["state"] != "open" else ""}}
 % if group["state"] != "muted":
 <details><summary>Mute</summary>
-""" + _form("""<p><label>until <input type="date" name="until" min="{{iso(page.now + DAY)[:10]}}"></label>
-<label>or for <input type="number" name="more_crashes" min="1" max="2147483647"> more crashes</label>
-<label>or for <input type="number" name="more_devices" min="1" max="2147483647"> more devices</label></p>
-<p><button>Mute</button> <span class="note">Without a condition, it stays muted until somebody reopens it.</span></p>
-""", "page.path, app=group_apps[0]", state="muted") + """</details>
+<p class="note">Without a condition, it stays muted until somebody reopens it.</p>
+% until = field_html("Until", "until", more='type="date"')
+% more_crashes = field_html("or for this many more crashes", "more_crashes", more='type="number" min="1"')
+% more_devices = field_html("devices", "more_devices", more='type="number" min="1"')
+{{!form("Mute", until, more_crashes, more_devices, state="muted")}}
+</details>
 % end
-<details><summary>Comment</summary>
-""" + _form("""<p><textarea name="comment" aria-label="Comment" rows="3" cols="60" maxlength="5000" required></textarea>
-</p><p><button>Add comment</button></p>
-""", "page.path, app=group_apps[0]") + """</details>
+% comment = '<textarea name="comment" aria-label="Comment" rows="3" cols="60" maxlength="5000" required></textarea>'
+<details><summary>Comment</summary>{{!form("Add comment", comment)}}</details>
 % end
 </div>
 % for entry in reversed(group["history"]):
-<p class="note">{{!time_html(entry["at"])}} <b>{{entry["what"]}}</b>
-<bdi>{{shorten(entry["detail"] or "", 5000)}}</bdi></p>
+<p class="note">{{!value_html(entry["at"])}} <b>{{entry["what"]}}</b> {{!text_html(entry["detail"] or "", 5000)}}</p>
 % end
 </section>
 """
@@ -7115,24 +7090,26 @@ _TRIAGE_SECTION = """<section><h2>{{group["state"].capitalize()}}
 # == Templates =================================================================
 # The HTML of the pages. Templates loop, choose and format; what they show is made above.
 
+_ICON = "data:image/svg+xml," + quote(
+    "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'><path d='M1 11h4l2-8 3 11 2-6h3' fill='none'"
+    " stroke='#c0392b' stroke-width='2'/></svg>")
 _TEMPLATES = {name: bottle.SimpleTemplate(source) for name, source in {
     "layout": """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="robots" content="noindex">
-<title>{{shorten(title, 80)}} - backfeedr</title><link rel="icon" href="{{icon}}"><style>{{!style}}</style></head>
+<meta name="robots" content="noindex"><title>{{_shorten(title, 80)}} - backfeedr</title>
+<link rel="icon" href="{{_ICON}}"><style>{{!STYLE}}</style></head>
 <body><a class="skip" href="#main">Skip to content</a>
 <header><a class="brand" href="{{link("/")}}">backfeedr</a>
+% apps, tab = page.apps, "/usage" if page.section == "/events" else page.section
 % if apps is not None:
 <nav aria-label="Pages">
-% tab = "/usage" if page.section == "/events" else page.section
-% for path, name in pages:
+% for path, name in _NAVIGATION:
 <a href="{{link(path)}}"{{!' aria-current="page"' if path == tab else ""}}>{{name}}</a>
 % end
-</nav>
-""" + _form('<button class="plain">Sign out</button>', '"/sign-out"') + """\
+</nav>{{!form("Sign out", css="plain", path="/sign-out")}}
 % end
 </header>
-% if apps and status == 200 and page.section != "/apps" and (len(apps) > 1 or apps[0].is_test):
+% if apps and status == 200 and tab != "/apps" and (len(apps) > 1 or apps[0].is_test):
 <nav class="apps" aria-label="Apps">
 % for name, mark in [(None, ""), *((app.name, " (test)" if app.is_test else "") for app in apps)]:
 <a href="{{link(page.section, app=name)}}"{{!' aria-current="true"' if page.app == name else ""}}
@@ -7140,97 +7117,71 @@ _TEMPLATES = {name: bottle.SimpleTemplate(source) for name, source in {
 % end
 </nav>
 % end
-<main id="main"><h1><bdi>{{shorten(title)}}</bdi></h1>
+<main id="main"><h1>{{!text_html(title)}}</h1>
 {{!body}}</main>
 <footer>All dates and times are in UTC.</footer></body></html>
 """,
-    "error": '<p>{{hint}}</p><p><a href="{{link("/")}}">Overview</a></p>',
-    "sign_in": """<div class="sign-in">
-% if problem:
-<p class="problem" role="alert">{{problem}}</p>
-% end
-""" + _form("""<input name="username" value="admin" autocomplete="username" hidden>
-<p><label for="token">Admin token</label>
-<input id="token" type="password" name="token" autocomplete="current-password" required autofocus></p>
-<p><button>Sign in</button></p>
+    "error": '<p>{{hint}}</p><p>{{!anchor("Overview", "/")}}</p>',
+    "sign_in": """<p class="problem" role="alert">{{problem}}</p>
+% user = '<input name="username" value="admin" autocomplete="username" hidden>'  # for password managers
+% attributes = 'id="token" type="password" autocomplete="current-password" required autofocus'
+{{!form("Sign in", user, field_html("Admin token", "token", more=attributes), next=target)}}
 <p class="note">The server printed it when it first started. Set <code>BACKFEEDR_AUTH_TOKEN</code> to change it.</p>
-""", next="{{target}}") + "</div>\n",
+""",
     "overview": """% for warning in warnings:
 <p class="problem" role="alert">{{warning}}</p>
 % end
 % if is_empty:
 <section class="hint"><p>No reports yet. Send a first crash with the key of an app. You can add a key under
-<a href="{{link("/apps")}}">Apps</a>.</p>
-<pre>{{curl_line(page.url, "bf_live_your_key")}}</pre></section>
+{{!anchor("Apps", "/apps")}}.</p><pre>{{curl_line(page.url, "bf_live_your_key")}}</pre></section>
 % end
-<section><h2><a href="{{link("/releases")}}">Is the latest release worse?</a></h2>
+<section><h2>{{!anchor("Is the latest release worse?", "/releases")}}</h2>
 % for row in verdicts:
-% verdict = row["verdict"] or {}
-<p class="verdict">""" + _RELEASE_COLUMN[1] + """\
-<b{{!' class="problem"' if verdict.get("word") == "worse" else ""}}>
-{{verdict.get("text") or "no earlier release to compare with"}}</b>
+% verdict = row["verdict"] or {"word": "", "text": "no earlier release to compare with"}
+<div>""" + _RELEASE_COLUMN[1] + """ <b class="{{verdict["word"]}}">{{verdict["text"]}}</b>
 % if verdict.get("before") and verdict.get("interval"):
-<small>compared with <bdi>{{shorten(verdict["before"], 40)}}</bdi> at the same age:
+<small>compared with {{!text_html(verdict["before"], 40)}} at the same age:
 {{"{:+.1f} to {:+.1f}".format(*verdict["interval"])}} percentage points</small>
 % end
-</p>
+</div>
 % end
-% if not verdicts:
-<p class="empty">""" + _NO_RELEASES + """</p>
-% end
-</section>
-<div class="grid"><section><h2>New or regressed in the last 7 days: {{number(new_count)}}</h2>
-""" + _table("new", _GROUP_COLUMN, _CRASHES_COLUMN, "Last seen", empty="No new or regressed crashes.") + """</section>
-<section><h2><a href="{{link("/crashes", days=7)}}">To fix first</a></h2>
-""" + _table("first", _GROUP_COLUMN, _SCORED_DEVICES_COLUMN, _CRASHES_COLUMN, "Last seen",
+{{!"" if verdicts else _NO_RELEASES}}</section>
+<div class="grid"><section><h2>New or regressed in the last 7 days: {{!value_html(new_count)}}</h2>
+""" + _table("new", _GROUP_COLUMN, _COUNT_COLUMN, "Last seen", empty="No new or regressed crashes.") + """
+</section><section><h2>{{!anchor("To fix first", "/crashes", days=7)}}</h2>
+""" + _table("first", _GROUP_COLUMN, _SCORED_DEVICES_COLUMN, _COUNT_COLUMN, "Last seen",
                     empty="No crashes in the last 7 days.", note="""Ranked by the number of devices that crashed in the
 newest release in the last 7 days, halved for each day since the last crash.""") + """</section></div>
-""" + _TILE_GRID + """<div class="grid"><section><h2>Exception types, 30 days</h2>{{!bar_chart(types)}}</section>
+<div class="grid tiles">{{!"".join(tiles)}}</div>
+<div class="grid"><section><h2>Exception types, 30 days</h2>{{!bar_chart(types)}}</section>
 <section><h2>Crashing devices, 30 days</h2>{{!bar_chart(devices)}}</section></div>
 """,
-    "crashes": _FILTER_FORM + """<label>Version <input name="version" value="{{parameters.get("version", "")}}"></label>
-<label>Period """ + _select("days", "periods", 'parameters["days"]') + """</label>
-<label>Sort by """ + _select("sort", "sorts", 'parameters.get("sort", "crashes")') + """</label>
-<label>State """ + _select("state", '[("", "all"), *states]', 'parameters.get("state", "")') + """</label>
-<label>Text <input type="search" name="text" value="{{parameters.get("text", "")}}"></label>
-<button>Show</button></form>
-""" + _table(
-        "groups", _GROUP_COLUMN, _CRASHES_COLUMN, "Devices", ("30 days", '{{!sparkline(row["days"], "Crashes")}}', ""),
-        ("Versions", '<bdi>{{", ".join(shorten(version, 40) for version in row["versions"][-2:])}}</bdi>'
-                     '{{", +{}".format(len(row["versions"]) - 2) if len(row["versions"]) > 2 else ""}}', ""),
-        "First seen", "Last seen", empty="""
-% if parameters != {"days": "all"}:
-No matches. <a href="{{link("/crashes", days="all")}}">Show all</a>
-% else:
-No crashes stored{{" for " + page.app if page.app else ""}}. To send one, see <a href="{{link("/apps")}}">Apps</a>.
-% end
-""") + _PAGE_LINKS,
-    "group": """<p><b><bdi>{{group["exception_type"] if group["place"] else ""}}</bdi></b>
-<span class="soft"><bdi>{{shorten(report.get("exception_reason", ""), 5000)}}</bdi></span></p>
+    "crashes": "{{!_filter_form(page, fields, parameters)}}" + _table(
+        "groups", _GROUP_COLUMN, _COUNT_COLUMN, "Devices", ("30 days", '{{!sparkline(row["days"], "Crashes")}}', ""),
+        ("Versions", """{{!text_html(", ".join(_shorten(version, 40) for version in row["versions"][-2:]))}}\
+{{", +{}".format(len(row["versions"]) - 2) if len(row["versions"]) > 2 else ""}}""", ""), "First seen", "Last seen",
+        empty="""No matches. {{!anchor("Show all", "/crashes", days="all")}}, or send one: see
+{{!anchor("Apps", "/apps")}}.""") + _PAGE_LINKS,
+    "group": """<p><b>{{!text_html(group["exception_type"] if group["place"] else "")}}</b>
+<span class="soft">{{!text_html(report.get("exception_reason", ""), 5000)}}</span></p>
 <dl class="facts">
 % facts = {"Crashes": "count", "Devices": "devices", "First seen": "first_seen", "Last seen": "last_seen"}
 % for label, name in facts.items():
 <div><dt>{{label}}</dt><dd>{{!value_html(group[name])}}</dd></div>
 % end
 <div><dt>Group</dt><dd><code>{{group["group_hash"]}}</code></dd></div>
-<div><dt>Export</dt><dd><a href="{{link(page.path + ".txt")}}">text</a>
-<a href="{{link(page.path + ".md")}}">Markdown</a></dd></div></dl>
-""" + _TRIAGE_SECTION + """\
+<div><dt>Export</dt><dd>{{!anchor("text", page.path + ".txt")}} {{!anchor("Markdown", page.path + ".md")}}</dd></div>
+</dl>""" + _TRIAGE_SECTION + """\
 % if not report:
 <p class="empty">The crashes in this group have expired. Its state and history remain.</p>
 % else:
 <section><h2>Crashes per day</h2>{{!chart}}</section>
-<section><h2>{{"Latest crash" if is_latest else "Crash"}}, {{!time_html(report["occurred_at"])}}</h2>
-<p class="actions">
-% for id, name, rel in ((older, "Older crash", "prev"), (newer, "Newer crash", "next")):
-% if id:
-<a href="{{link(page.path, report=id)}}" rel="{{rel}}">{{name}}</a>
-% end
-% end
-</p>
-<div class="crash"><div>
-""" + _TRACE + """% for build in group["missing_symbols"]:
-<p class="problem">Symbols for <bdi>{{build_name(build)}}</bdi> are missing: {{number(build["crashes"])}}
+<section><h2>{{"Crash" if newer else "Latest crash"}}, {{!value_html(report["occurred_at"])}}</h2>
+<p class="actions">{{!anchor("Older crash", page.path, report=older) if older else ""}}
+{{!anchor("Newer crash", page.path, report=newer) if newer else ""}}</p>
+<div class="crash"><div>{{!trace_html(frames)}}
+% for build in group["missing_symbols"]:
+<p class="problem">Symbols for {{!text_html(build_name(build))}} are missing: {{!value_html(build["crashes"])}}
 {{"crashes are" if build["crashes"] > 1 else "crash is"}} waiting for them. To upload the symbols of this build
 ({{build["uuid"]}}): <code>uv run examples/symbols.py --server {{page.url}} App.xcarchive</code></p>
 % end
@@ -7239,24 +7190,22 @@ No crashes stored{{" for " + page.app if page.app else ""}}. To send one, see <a
 % end
 </div><dl class="context">
 % for label, html in fields:
-<div{{!' class="long"' if len(html) > 100 else ""}}><dt><bdi>{{shorten(label, 100)}}</bdi></dt><dd>{{!html}}</dd></div>
+<div{{!' class="long"' if len(html) > 100 else ""}}><dt>{{!text_html(label, 100)}}</dt><dd>{{!html}}</dd></div>
 % end
 </dl></div></section>
 <div class="grid">
-% session = {"app": report["app"], **{name: report.get(name) for name in ("session_id", "device_id_hash")}}
 % for title, steps in (("Breadcrumbs", breadcrumbs), ("Events of this session", events)):
 % if steps:
-<section><h2>{{title}}</h2>
-""" + _table(
+<section><h2>{{title}}</h2>""" + _table(
         "steps", ("Time", "{{row[0]}}", "bare number"),
-        ("Action", '<bdi>{{row[1]}}</bdi> <span class="soft">{{row[2]}}</span>', "bare")) + """
-% if steps is events:
-<p><a href="{{link("/events", **session)}}">All events of this session</a></p>
-% end
-</section>
+        ("Action", '{{!text_html(row[1])}} <span class="soft">{{row[2]}}</span>', "bare")) + """</section>
 % end
 % end
 </div>
+% if events:
+% session = {name: report.get(name) for name in ("app", "session_id", "device_id_hash")}
+<p>{{!anchor("All events of this session", "/events", **session)}}</p>
+% end
 <div class="grid">
 % for title, part in (("Versions", "versions"), ("Systems", "systems"), ("Devices", "device_models")):
 <section><h2>{{title}}</h2>{{!bar_chart(group[part], group["count"])}}</section>
@@ -7264,104 +7213,86 @@ No crashes stored{{" for " + page.app if page.app else ""}}. To send one, see <a
 </div>
 % end
 """,
-    "events": """% if "session_id" in parameters:
-<p>Session <code><bdi>{{parameters["session_id"]}}</bdi></code>
-on <bdi>{{parameters.get("device_id_hash", "all devices")}}</bdi>, oldest event first.
-<a href="{{link("/events")}}">All events</a></p>
-% else:
-""" + _FILTER_FORM + """<label>Type
-""" + _select("type", '[("", "all"), *types]', 'parameters.get("type", "")') + """</label>
-<label>Name <input name="name" value="{{parameters.get("name", "")}}"></label>
-<label>Session <input name="session_id"></label> <button>Show</button></form>
-<p class="note">Events that arrived last come first.</p>
-% end
+    "events": """{{!_filter_form(page, fields, parameters)}}
+<p class="note">{{"The oldest event" if is_session else "The event that arrived last"}} comes first.</p>
 """ + _table(
-        "events", ("Event", """{{row["type"]}} <b><bdi>{{shorten(row.get("name", ""), 80)}}</bdi></b>
+        "events", ("Event", """{{row["type"]}} <b>{{!text_html(row.get("name", ""), 80)}}</b>
 """ + _APP_NAMES + """
-% text, frames = details(row), trace_rows(row)
+% text, frames = _event_details(row), _trace_rows(row)
 % if frames or len(text) > 100:
-<details class="soft"><summary><bdi>{{shorten(text, 100) or "Stack trace"}}</bdi></summary>
-<bdi>{{text if len(text) > 100 else ""}}</bdi>
-""" + _TRACE + """</details>
+<details><summary class="brief">{{!text_html(text or "Stack trace", 5000)}}</summary>{{!trace_html(frames)}}</details>
 % else:
-<span class="soft"><bdi>{{text}}</bdi></span>
+<span class="soft">{{!text_html(text)}}</span>
 % end
 """, "main"),
-        ("Occurred", '{{!time_html(row["occurred_at"])}}', "bare"), _VERSION_COLUMN, _DEVICE_COLUMN, ("Session", """
-% if row.get("session_id"):
-<a href="{{link("/events", session_id=row["session_id"], device_id_hash=row.get("device_id_hash"))}}"><bdi>\
-{{shorten(row["session_id"], 12)}}</bdi></a>
-% end
-""", "bare session"), empty="""
+        ("Occurred", '{{!value_html(row["occurred_at"])}}', "bare"),
+        ("Version", '{{!text_html(row.get("app_version", ""), 40)}}', "bare"),
+        ("Device", '{{!device_html(row.get("device_model", ""))}}', "bare"), ("Session", """
+% session = {name: row.get(name) for name in ("session_id", "device_id_hash")}
+{{!anchor(_shorten(row["session_id"], 12), "/events", **session) if "session_id" in row else ""}}""", "bare session"),
+        empty="""
 % if next:
-No matches among the {{number(scanned_events)}} events searched. The next page searches older ones.
-% elif parameters:
-No matches. <a href="{{link("/events")}}">Show all</a>
+No matches among the {{!value_html(SCANNED_EVENTS)}} events searched. The next page searches older ones.
 % else:
-No events stored{{" for " + page.app if page.app else ""}}.
-<code>examples/client.py</code> shows how an app sends its sessions.
+No matches. {{!anchor("Show all", "/events")}}, or send some: see <code>examples/client.py</code>.
 % end
 """) + _PAGE_LINKS,
-    "usage": _TILE_GRID + _TILE_GRID.replace("in tiles:", "in retention_tiles:") + """<div class="grid"><section>
+    "usage": """<div class="grid tiles">{{!"".join(tiles)}}</div>
+<div class="grid tiles">{{!"".join(retention_tiles)}}</div>
+<div class="grid"><section>
 <h2>Events, 30 days</h2>
 """ + _table(
-        "events", ("Event", """<a href="{{link("/events", type=row["type"], name=row["name"])}}"><bdi>\
-{{shorten(row["name"], 80) or "(no name)"}}</bdi></a> <span class="soft">{{row["type"]}}</span>""", "main"),
-        ("30 days", '{{!sparkline(row["days"], "Events")}}', ""), ("Events", '{{!value_html(row["count"])}}', "number"),
-        empty="No events in 30 days.") + """<p><a href="{{link("/events")}}">All events, one by one</a></p></section>
-<section><h2><a href="{{link("/releases")}}">Adoption, 7 days</a></h2>
+        "events", ("Event", """
+{{!anchor(row["name"][:80] or "(no name)", "/events", type=row["type"], name=row["name"])}}
+<span class="soft">{{row["type"]}}</span>""", "main"),
+        ("30 days", '{{!sparkline(row["days"], "Events")}}', ""), _value_column("Events", "count"),
+        empty="No events in 30 days.") + """<p>{{!anchor("All events, one by one", "/events")}}</p></section>
+<section><h2>{{!anchor("Adoption, 7 days", "/releases")}}</h2>
 """ + _table("releases", _RELEASE_COLUMN, "Adoption", empty=_NO_RELEASES) + "</section></div>\n",
     "releases": """<p class="note">Sorted by
-% if "sort" in page.query:
-<a href="{{link("/releases")}}">first seen</a> | version</p>
-% else:
-first seen | <a href="{{link("/releases", sort="version")}}">version</a></p>
-% end
+{{!anchor("first seen", "/releases") if "sort" in page.query else "first seen"}} |
+{{!anchor("version", "/releases", sort="version") if "sort" not in page.query else "version"}}</p>
 """ + _table(
-        "releases", _RELEASE_COLUMN, ("Verdict", '{{(row["verdict"] or {}).get("text", "-")}}', ""),
+        "releases", _RELEASE_COLUMN, ("Verdict", '{{(row["verdict"] or {"text": "-"})["text"]}}', ""),
         "Crash-free sessions", "Crash-free devices", "Crashes", "Sessions", "Adoption", "First seen", "Last seen",
         empty=_NO_RELEASES, note="Adoption is the share of the app's sessions in the last 7 days."),
-    "apps": """% if notice:
-<section class="hint" role="{{"status" if status == 200 else "alert"}}"><p
-{{!' class="problem"' if status != 200 else ""}}>{{notice["message"]}}</p>
-% if notice.get("secret"):
-<p><code class="key">{{notice["secret"]}}</code></p>
-% end
-% if "curl" in notice:
-<p>Add it to your app. To try it:</p><pre>{{notice["curl"]}}</pre>
+    "apps": """% if message:
+<section class="hint" role="{{"status" if status == 200 else "alert"}}">
+<p class="{{"" if status == 200 else "problem"}}">{{message}}</p><p class="key">{{secret}}</p>
+% if secret.startswith(("bf_live_", "bf_test_")):
+<p>Add it to your app. To try it:</p><pre>{{curl_line(page.url, secret)}}</pre>
 % end
 </section>
 % end
-% for app in apps:
-<section><h2><bdi>{{app.name}}</bdi>{{" (test)" if app.is_test else ""}}</h2>
-<p class="note">Created {{!time_html(app.created_at)}}. <a href="{{link("/", app=app.name)}}">Overview</a></p>
+% for app in page.apps:
+<section><h2>{{!text_html(app.name)}}{{" (test)" if app.is_test else ""}}</h2>
+<p class="note">Created {{!time_html(app.created_at)}}. {{!anchor("Overview", "/", app=app.name)}}</p>
 """ + _table(
         "[key for key in keys if key.app == app.name]", ("Key", "<code>{{row.prefix}}...</code>", "main"),
         ("Created", "{{!time_html(row.created_at)}}", ""),
         ("Last used", '{{iso_day(row.last_used) if row.last_used else "-"}}', ""),
-        ("Requests in 7 days", "{{number(row.requests)}}", "number"), ("State", """
+        ("Requests in 7 days", "{{!value_html(row.requests)}}", "number"), ("State", """
 % if row.revoked_at:
 revoked {{!time_html(row.revoked_at)}}
 % else:
 <details><summary>Revoke</summary><p>Reports sent with this key will be refused.</p>
-""" + _form('<button class="danger">Revoke</button>', action="revoke", key="{{row.hash}}") + """</details>
+{{!form("Revoke", css="danger", action="revoke", key=row.hash)}}</details>
 % end
-""", "bare"), empty="No keys, so this app cannot send anything.") + '<div class="actions">\n' + _form(
-            "<button>Add key</button>", action="key", name="{{app.name}}") + """
+""", "bare"), empty="No keys, so this app cannot send anything.") + """
+<div class="actions">{{!form("Add key", action="key", name=app.name)}}
 <details><summary>Delete app</summary>
-""" + _form("""<p>This deletes its keys and all its reports. Type its name to confirm.</p>
-<p><label>Name <input name="typed" autocomplete="off" required></label> <button class="danger">Delete</button></p>
-""", action="delete", name="{{app.name}}") + """</details></div></section>
+<p>This deletes its keys and all its reports. Type its name to confirm.</p>
+% typed = field_html("Name", "typed", more='autocomplete="off" required')
+{{!form("Delete", typed, css="danger", action="delete", name=app.name)}}</details></div></section>
 % end
 <section><h2>New app</h2>
-""" + _form("""<p><label>Name <input name="name" maxlength="100" required></label></p>
-<p><label><input type="checkbox" name="test" value="1"> Test app (left out of public figures)</label></p>
-<p><button>Create app and key</button></p>
-""", action="create") + """</section>
+% name = field_html("Name", "name", more='maxlength="100" required')
+% is_test = field_html("Test app (left out of public figures)", "test", 1, is_checked=False)
+{{!form("Create app and key", name, is_test, action="create")}}</section>
 <section><h2>Alerts</h2>
 """ + _table(
         "channels", ("Channel", '<code><bdi>{{row["id"]}}: {{row["address"]}}</bdi></code>', "main"),
-        ("App", '<bdi>{{row["app"] or "all live apps"}}</bdi>', ""),
+        ("App", '{{!text_html(row["app"] or "all live apps")}}', ""),
         ("Facts", '{{row["kinds"].replace(",", ", ")}}', ""),
         ("Last sent", '{{!time_html(row["sent_at"]) if row["sent_at"] else "never"}}', ""), ("State", """
 % if row["ended_at"]:
@@ -7371,59 +7302,32 @@ revoked {{!time_html(row.revoked_at)}}
 % else:
 {{"{} waiting".format(row["waiting"]) if row["waiting"] else "good"}}
 % end
-""", ""), ("Change", "\n" + _form('<button class="plain">Test</button>', action="test-channel", id='{{row["id"]}}')
-             + _form('<button class="plain">Remove</button>', action="remove-channel", id='{{row["id"]}}'), "bare"),
+""", ""), ("Change", """{{!form("Test", css="plain", action="test-channel", id=str(row["id"]))}}
+{{!form("Remove", css="plain", action="remove-channel", id=str(row["id"]))}}""", "bare"),
         empty="No channels, so nobody is notified of new or regressed crashes.") + """
-% typed = page.form if status != 200 and "url" in page.form else {}
-<details{{" open" if typed else ""}}><summary>Add channel</summary>
-""" + _form("""<p class="note">An https webhook, slack+https or ntfy+https. With the package apprise installed,
+<details{{" open" if "url" in page.form else ""}}><summary>Add channel</summary>
+<p class="note">An https webhook, slack+https or ntfy+https. With the package apprise installed,
 any address that it supports. <code>python backfeedr.py help alerts</code> explains the facts.</p>
-<p><label>Address <input name="url" size="30" value="{{typed.get("url", "")}}" required></label>
-<label>App """ + _select("app", '[("", "all live apps"), *(app.name for app in apps)]', 'typed.get("app")') + """
-</label></p><p>
-% for kind, is_on in fact_kinds.items():
-<label><input type="checkbox" name="on-{{kind}}" value="1"\
-{{" checked" if ("on-" + kind in typed if typed else is_on) else ""}}> {{kind}}</label>
-% end
-</p><p><label>Hour of the digest (UTC)
-<input type="number" name="hour" min="0" max="23" value="{{typed.get("hour", 7)}}"></label></p>
-<p><label><input type="checkbox" name="reason" value="1"{{" checked" if "reason" in typed else ""}}>
-Include exception reasons</label></p>
-<p><button>Add channel</button></p>
-""", action="add-channel") + """</details></section>
-<section><h2>Feed</h2>
-<p>An Atom feed of new and regressed crashes.
+{{!_channel_form(page)}}</details></section>
+<section><h2>Feed</h2><p>An Atom feed of new and regressed crashes.
 {{"A new address replaces the old one." if has_feed else "It has no address yet."}}</p>
-<div class="actions">
-""" + _form("<button>New address</button>", action="make-feed") + """\
-% if has_feed:
-""" + _form("<button>Withdraw address</button>", action="withdraw-feed") + """\
-% end
-</div></section>
+<div class="actions">{{!form("New address", action="make-feed")}}
+{{!form("Withdraw address", action="withdraw-feed") if has_feed else ""}}</div></section>
 """,
     "feed": """<?xml version="1.0" encoding="utf-8"?>
 <feed xmlns="http://www.w3.org/2005/Atom"><title>Crashes{{" of " + page.app if page.app else ""}}</title>
 <id>{{page.url}}/crashes.atom{{"?" + urlencode({"app": page.app}) if page.app else ""}}</id>
-<updated>{{iso(news[0]["at"] if news else 0)}}</updated><author><name>backfeedr</name></author>
+<updated>{{iso_time(news[0]["at"] if news else 0)}}</updated><author><name>backfeedr</name></author>
 <link rel="self" href="{{page.url}}/crashes.atom?{{urlencode(page.query)}}"/><link href="{{page.url}}/crashes"/>
 % for row in news:
 % link = "{}/crashes/{}?{}".format(page.url, row["group_hash"], urlencode({"app": row["app"]}))
 <entry><id>{{link}}#{{row["what"] if row["what"] == "new" else row["at"]}}</id>
 <title>{{row["what"].capitalize()}}: {{row["exception_type"]}}{{" in " + row["place"] if row["place"] else ""}}</title>
-<updated>{{iso(row["at"])}}</updated><link href="{{link}}"/>
+<updated>{{iso_time(row["at"])}}</updated><link href="{{link}}"/>
 <summary>{{row["app"]}}{{", first in " + row["first_version"] if row["first_version"] else ""}}</summary></entry>
 % end
 </feed>
 """}.items()}
-_ICON = "data:image/svg+xml," + quote(
-    "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'><path d='M1 11h4l2-8 3 11 2-6h3' fill='none'"
-    " stroke='#c0392b' stroke-width='2'/></svg>")
-
-_TEMPLATE_GLOBALS = {
-    "DAY": DAY, "bar_chart": bar_chart, "build_name": build_name, "curl_line": curl_line, "details": _event_details,
-    "device_html": device_html, "escape": escape, "group_title": _group_title, "icon": _ICON, "iso": iso_time,
-    "iso_day": iso_day, "max_frames": SHOWN_FRAMES, "number": "{:,}".format, "pages": _NAVIGATION, "shorten": _shorten,
-    "sparkline": sparkline, "style": STYLE, "trace_rows": _trace_rows, "urlencode": urlencode}
 
 
 # == Backfeedr =================================================================
