@@ -92,6 +92,7 @@ if sys.version_info < (3, 9) and __name__ == "__main__":
 
 import argparse
 import base64
+import contextlib
 import csv
 import errno
 import gc
@@ -130,8 +131,7 @@ from importlib.util import MAGIC_NUMBER, cache_from_source
 from itertools import accumulate, chain, compress, groupby, islice, repeat, tee
 from operator import add, attrgetter, floordiv, itemgetter, lt, rshift, sub
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from typing import Any, BinaryIO, Callable, NamedTuple, Optional, TextIO, Union
+from typing import Any, BinaryIO, Callable, NamedTuple, Optional, TextIO, Union, cast
 from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlencode, urlsplit
 
 _MISSING_PACKAGE = ("{} is missing; 'python3 -m venv .venv && .venv/bin/pip install bottle waitress' installs it,"
@@ -7764,7 +7764,6 @@ except ImportError:  # only `serve` needs waitress; under another WSGI server it
 
 IDLE_TIMEOUT = 60  # seconds for a request to arrive, between two requests, or without progress in an answer
 MIN_BYTES_PER_SECOND = 2000  # a request that arrives at this rate, as from a slow phone, never times out
-MAX_PIPELINED = 4  # requests that may wait on a connection; if more come, it is closed after these
 COMMIT_THREADS = 4  # one commits while the next one decodes; with only two, 16 clients get 14 % less done
 MAX_GATHERED_REQUESTS = 25  # of 100 events each; all threads then have as many rows as may wait in the store
 MAX_GATHERED_BYTES = 1_000_000  # decoded, they take several times as much memory
@@ -7822,7 +7821,6 @@ class _ErrorTask(_Task, ErrorTask):
         self.status = f"{error.code} {error.reason}"
         self.response_headers.extend(_JSON_HEADERS.items())
         self.set_close_on_finish()
-        self.channel.is_refused = True
         self.content_length = len(body)
         self.write(body)
 
@@ -7849,69 +7847,73 @@ def _request_line(request: Any) -> str:
 
 
 class _Channel(HTTPChannel):
-    """A connection."""
+    """A connection. It takes one request at a time: what has come after it waits until its answer is sent, so neither
+    a client that sends many requests at once nor one that reads no answers can fill the memory."""
 
-    parser_class, task_class, error_task_class = _RequestParser, _AppTask, _ErrorTask
+    task_class, error_task_class = _AppTask, _ErrorTask
     __repr__ = object.__repr__  # that of waitress has the client's address, and is logged with errors
-    request_began = last_activity = 0.0
+    next_data = b""  # what has come after the request
     is_refused = False  # waitress has refused a request, perhaps before all of its body was here
-    # For mypy; waitress sets them: whether to close after these answers, and the request that is still arriving.
-    close_when_flushed, request = False, None
-
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        self.requests_lock = threading.RLock()  # not a Lock: `received` takes it around a method that takes it again
+    # For mypy; waitress sets these: whether to close after the answer, and the request that is still arriving.
+    close_when_flushed, request, last_activity = False, cast(Any, None), 0.0
 
     def received(self, data: bytes) -> None:
-        """Measures the time of a request from its first byte. waitress measures from the last one, so a client that
-        sends a byte now and then would keep its connection for ever. Drops requests beyond MAX_PIPELINED: a client that
-        reads no answers could otherwise make many megabytes of requests wait."""
-        previous, now = self.request, self.last_activity  # waitress has just set the time
-        if previous is None and data.startswith(b"\x16"):  # TLS: an https:// client would wait for its handshake's end
-            data = b"TLS\r\n\r\n"  # is refused at once
-        with self.requests_lock:  # keeps workers from answering some of them meanwhile
-            if not self.is_refused:
-                super().received(data)
-            if len(self.requests) > MAX_PIPELINED:
-                del self.requests[MAX_PIPELINED:]
-                last = self.requests[-1]
-                last.version, last.headers["CONNECTION"] = "1.1", "close"  # so its answer closes the connection
-        is_same = self.is_refused or previous is not None and self.request is previous
+        """Reads a request. Measures its time from its first byte. waitress measures from the last one, so a client that
+        sends a byte now and then would keep its connection for ever."""
+        now = self.last_activity  # waitress has just set it
+        if self.request is None and not self.is_refused:
+            self.request, self.began = _RequestParser(self.adj), now
+            if data.startswith(b"\x16"):  # TLS: an https:// client would wait for its handshake's end
+                data = b"TLS\r\n\r\n"  # is refused at once
+        else:
+            self.began = min(now, self.began + len(data) / MIN_BYTES_PER_SECOND)
+        if not self.is_refused:
+            with self.requests_lock:  # the worker of the previous request may still hold it
+                self._parse(self.request, data)
+            if self.request is None:  # it is complete
+                return
         # The timeout counts from last_activity: each byte moves it on as if it came at the lowest rate.
-        self.request_began = min(now, self.request_began + len(data) / MIN_BYTES_PER_SECOND) if is_same else now
-        self.last_activity = self.request_began
+        self.last_activity = self.began
 
-    def service(self) -> None:
-        """Sends the answer even if the connection's next request is here already. The I/O thread would keep a small
-        answer until that one is answered, too."""
-        super().service()
-        if self.requests:
-            self._flush_exception(self._flush_some, do_close=False)
+    def _parse(self, request: Any, data: bytes) -> None:
+        while data and not request.completed:
+            data = data[request.received(data):]
+            if request.expect_continue and request.headers_finished:
+                self.send_continue()
+        if request.completed:
+            self.request, self.next_data, self.is_refused = None, data, bool(request.error)
+            if not request.empty:  # else it was only line ends
+                self.requests.append(request)
+                self.server.add_task(self)
+
+    def readable(self) -> bool:
+        """Whether to read more: only after what is here already."""
+        return not self.next_data and bool(super().readable())
+
+    def writable(self) -> bool:
+        """Whether there is something to do for `handle_write`. False if that would leave a small answer to the worker
+        that makes it: waitress's I/O thread would spin until then, and take the interpreter from that worker."""
+        is_left = self.requests and not self.will_close and self.total_outbufs_len < self.adj.send_bytes
+        return not is_left and bool(self.next_data or super().writable())
 
     def handle_write(self) -> None:
-        """Closes only the server's side after a refused request; `received` drops what comes until the client closes.
+        """Sends, closes, or goes on to the next request.
+
+        After a refused one it closes only the server's side; `received` drops what comes until the client closes.
         waitress would close both at once, which resets the connection if the body is still on its way: the client would
         then send it again instead of seeing a 413."""
-        if self.is_refused and self.close_when_flushed:
+        if self.connected and self.is_refused and self.close_when_flushed:
             self._flush_exception(self._flush_some)
             if self.connected and not self.will_close:
                 if not self.total_outbufs_len:
-                    self.close_when_flushed, self.request = False, None  # a stop would wait for the rest of it
+                    self.close_when_flushed = False
                     self.socket.shutdown(socket.SHUT_WR)  # if this fails, the client is gone: waitress closes then
                 return
-        super().handle_write()
-
-    def _flush_some(self, do_close: bool = True) -> Any:
-        """Takes the lock, which waitress's I/O thread does not. Otherwise it could send an answer while a worker sends
-        the `100 Continue` for the next request: both would go out twice and mixed up."""
-        with self.outbuf_lock:
-            return self.connected and super()._flush_some(do_close)
-
-    def writable(self) -> bool:
-        """Whether there is something to send. False if `handle_write` would leave a small answer to the worker that
-        makes it: waitress's I/O thread would spin until then, and take the interpreter from that worker."""
-        is_left = self.requests and not self.will_close and self.total_outbufs_len < self.adj.send_bytes
-        return not is_left and bool(super().writable())
+        if self.connected:
+            super().handle_write()
+        if self.connected and self.next_data and super().readable():
+            data, self.next_data = self.next_data, b""
+            self.received(data)
 
 
 def _close_idle(server: Any, now: float) -> None:
@@ -7923,19 +7925,15 @@ def _close_idle(server: Any, now: float) -> None:
 
 class _Dispatcher(ThreadedTaskDispatcher):
     """Gives each report that arrives while a thread decodes others to that thread, which stores all in one commit. For
-    other requests waitress still wakes a thread each, which takes longer than decoding a report."""
+    other requests waitress wakes a thread each, which takes longer than decoding a report."""
 
     def __init__(self, app: Backfeedr, threads: int):
         super().__init__()
-        self.set_thread_count(threads)
-        self.app, self.is_stopped = app, False
-        self.waiting: SimpleQueue[_Channel] = SimpleQueue()  # those with a report
-        self.gathering = threading.Lock()  # held while a thread gathers them, or is about to
-        self.turn = threading.Lock()  # wakes one thread when it is released; a queue would wake one more each time
-        self.turn.acquire()
-        self.commit_threads = [threading.Thread(target=self.store_all, daemon=True) for _ in range(COMMIT_THREADS)]
-        for thread in self.commit_threads:
-            thread.start()
+        self.app = app
+        self.waiting: deque[_Channel] = deque()  # those with a report
+        self.gathering = threading.Lock()  # held while a thread gathers them, or has been told to
+        self.committing = threading.Semaphore(COMMIT_THREADS)
+        self.set_thread_count(threads + COMMIT_THREADS)
 
     def add_task(self, channel: _Channel) -> None:
         request = channel.requests[0]
@@ -7944,44 +7942,27 @@ class _Dispatcher(ThreadedTaskDispatcher):
         if request.error or not self.app.can_share_commit(request.command, request.path, key):
             super().add_task(channel)
         else:
-            self.waiting.put(channel)
-            self.wake_thread()
+            self.waiting.append(channel)
+            self.gather_soon()
 
-    def wake_thread(self) -> None:
-        """Wakes a thread if reports wait or all must end, unless one gathers: that one looks again when it is done."""
-        if (self.is_stopped or not self.waiting.empty()) and self.gathering.acquire(blocking=False):
-            self.turn.release()
+    def gather_soon(self) -> None:
+        """Tells a thread to call service() if reports wait, unless one gathers: it looks again when it is done."""
+        if self.waiting and self.gathering.acquire(blocking=False):
+            super().add_task(self)
 
-    def store_all(self) -> None:
-        while self.turn.acquire() and not self.is_stopped:
-            self.store_gathered()
-        self.turn.release()  # wakes the next thread, so that all end
+    def service(self) -> None:
+        """Takes requests that wait, stores their reports in one commit, and answers each, even after an error: those
+        that are not stored by then are stored one by one."""
+        with self.committing, contextlib.ExitStack() as answers, closing(self.gather(answers)) as environs:
+            self.app.submit_all(environs)
 
-    def store_gathered(self) -> None:
-        """Takes requests that wait, stores their reports, and answers each."""
-        channels: list[_Channel] = []
-        environs = self.gather(channels)
-        self.log_errors(self.app.submit_all, environs)
-        # This ends the generator, which frees `gathering`. After an error, the others are then stored one by one.
-        self.log_errors(list, environs)
-        for channel in channels:
-            self.log_errors(channel.service)
-
-    def log_errors(self, call: Callable[..., Any], *arguments: Any) -> None:
-        """Makes a call and logs its error, which must not end the thread or keep others from their answers."""
+    def gather(self, answers: contextlib.ExitStack) -> Generator[Environ, None, None]:
+        """The environs of the requests that wait, and of those that come while they are decoded."""
+        count = size = 0
         try:
-            call(*arguments)
-        except BaseException:
-            log.exception("unexpected error")
-
-    def gather(self, channels: list[_Channel]) -> Generator[Environ, None, None]:
-        """The environs of the requests that wait, and of those that come while they are decoded. Adds the connections
-        to `channels`."""
-        size = 0
-        try:
-            while len(channels) < MAX_GATHERED_REQUESTS and size < MAX_GATHERED_BYTES:
-                channel = self.waiting.get_nowait()
-                channels.append(channel)
+            while self.waiting and count < MAX_GATHERED_REQUESTS and size < MAX_GATHERED_BYTES:
+                channel = self.waiting.popleft()
+                answers.callback(channel.service)
                 request = channel.requests[0]
                 environ = _AppTask(channel, request).get_environment()
                 if time.monotonic() - request.arrived_at > BUSY_TIMEOUT:  # no thread was free for so long
@@ -7990,18 +7971,10 @@ class _Dispatcher(ThreadedTaskDispatcher):
                     yield environ
                 is_compressed = "CONTENT_ENCODING" in request.headers  # so it may become as large as the limit
                 size += self.app.settings.max_body_size if is_compressed else request.body_bytes_received
-        except Empty:
-            pass
+                count += 1
         finally:
             self.gathering.release()
-            self.wake_thread()
-
-    def shutdown(self, *arguments: Any, **options: Any) -> Any:
-        self.is_stopped = True
-        self.wake_thread()
-        for thread in self.commit_threads:
-            thread.join(timeout=1)
-        return super().shutdown(*arguments, **options)
+            self.gather_soon()
 
 
 # == Server ====================================================================
@@ -8115,7 +8088,7 @@ def _drain(server: Any) -> None:
             is_busy = channel.requests or channel.request or channel.total_outbufs_len
             if not is_busy and time.time() - channel.last_activity > DRAIN_IDLE_SECONDS:
                 channel.will_close = True
-    server.task_dispatcher.shutdown(timeout=1)
+    server.task_dispatcher.shutdown(cancel_pending=False, timeout=1)
 
 
 # == Operations ================================================================
