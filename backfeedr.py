@@ -101,9 +101,9 @@ import hmac
 import ipaddress
 import json
 import logging
-import marshal
 import math
 import os
+import py_compile
 import re
 import secrets
 import shutil
@@ -127,7 +127,6 @@ from functools import cache, cached_property, lru_cache, partial
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from importlib.machinery import SourceFileLoader
-from importlib.util import MAGIC_NUMBER, cache_from_source
 from itertools import accumulate, chain, compress, groupby, islice, repeat, tee
 from operator import add, attrgetter, floordiv, itemgetter, lt, rshift, sub
 from pathlib import Path
@@ -8005,13 +8004,12 @@ def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> Non
             stopping.set()
             server.pull_trigger()
 
-        signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGINT, stop)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
         try:
-            print("backfeedr on", _url(settings.host, settings.port), flush=True)
-            print("".join(announcements), end="", flush=True)
+            print("backfeedr on", "\n".join([_url(settings.host, settings.port), *announcements]), flush=True)
         except OSError:  # a full disk: the secrets cannot be shown again
-            print("".join(announcements), end="", file=sys.stderr)
+            print(*announcements, file=sys.stderr)
             raise
         app.store.catch_up_in_background()  # finishes what a migration or a stop left undone
         if (warning := _unencrypted_warning(settings, listener.getsockname()[0])) and sys.stderr:
@@ -8094,9 +8092,7 @@ def _drain(server: Any) -> None:
 # == Operations ================================================================
 # Backs up, exports, imports and checks a database while the server runs.
 
-IMPORT_LINES = 1000  # the most lines in a transaction
-IMPORT_BYTES = 1_000_000  # after which a transaction ends, too
-MAX_LINE = 1 << 27  # bytes of an exported report: far more than any server accepts in a body
+IMPORT_BYTES = 1_000_000  # about how much of an import is one transaction
 LOW_DISK = 100_000_000  # bytes; with less than this free, `check` fails
 
 
@@ -8174,33 +8170,28 @@ def _parse_exported(line: bytes) -> StoredReport:
     return StoredReport(int(match[2], 16), app, is_test, received_at, ahead_ms, report)
 
 
-def import_jsonl(store: Store, lines: Iterable[bytes]) -> Counter[str]:
+def import_jsonl(store: Store, file: BinaryIO) -> Counter[str]:
     """Stores what write_jsonl() wrote; returns the sum of the counts of Store.import_(). Raises StoreError with the
     number of the first bad line, after storing the lines before it."""
     counts: Counter[str] = Counter()
+    number, problem = 0, ""
     try:
-        for batch in _import_batches(lines):
-            counts += store.import_(batch)
+        while not problem and (lines := file.readlines(IMPORT_BYTES)):
+            reports = []
+            for line in lines:
+                number += 1
+                try:
+                    reports += [_parse_exported(line)] if line.strip() else []
+                except Refusal as refusal:
+                    problem = f"line {number}: {refusal}"
+                    break
+            counts += store.import_(reports)
+        if problem:
+            raise StoreError(problem)
     except (StoreError, StorageUnavailable) as error:
         raise StoreError(f"{error}; {counts['stored']:,} reports before it were stored: fix this and import the"
                          " whole file again") from None
     return counts
-
-
-def _import_batches(lines: Iterable[bytes]) -> Iterator[list[StoredReport]]:
-    batch, size = list[StoredReport](), 0
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                batch.append(_parse_exported(line))
-        except Refusal as refusal:
-            yield batch
-            raise StoreError(f"line {number}: {refusal}") from None
-        size += len(line)
-        if len(batch) >= IMPORT_LINES or size > IMPORT_BYTES:
-            yield batch
-            batch, size = [], 0
-    yield batch
 
 
 def _read_only_mode(path: Path) -> str:
@@ -8260,58 +8251,46 @@ def _check_roll_ups(path: Path) -> str:
 
 def _wrong_tables(db: sqlite3.Connection, expired: int) -> list[str]:
     """The tables that differ between `stored` and the recounted `main`. Reports up to the seq `expired` may be gone."""
-    row_tables = re.findall(r"create table (\w+)", "".join(figure.TABLES for figure in FIGURES))
-    queries = [(table, query) for table, sums in SUMS.items() for query in _wrong_sums(table, sums, expired)]
-    queries += [(table, _wrong_rows(table)) for table in row_tables if table != "medians"]  # a cache
-    settled = expired + first_seq(HOUR) if expired else 0  # devices that were last seen before may be gone already
-    wrong = [name for name, query in queries if db.execute(query + " limit 1", {"settled": settled}).fetchone()]
-    return list(dict.fromkeys(wrong))
-
-
-def _wrong_sums(table: str, sums: Sums, expired: int) -> list[str]:
-    """Queries for rows that differ. If reports have expired, they only look at later days, or for sums that are too
-    small: without its first report, a device or session would be counted on a later day or for a later release."""
-    if table == "key_days":  # counts requests, and no report tells of them
-        return []
-    if expired and sums.check == "at least":
-        is_less = " or ".join(f"counted.{column} > coalesce(kept.{column}, 0)" for column in sums.columns)
-        return [f"""select 1 from main.{table} as counted left join stored.{table} as kept
-                    using ({', '.join(PRIMARY_KEYS[table])}) where {is_less}"""]
-    where = "app_id in (select id from apps)"  # not of deleted apps
-    if expired and sums.check == "recent":
-        where += f" and day > {(expired >> SEQ_BITS) // DAY + 1}"
-    elif expired and sums.lasts:
-        return []
-    elif table == "release_hours":  # whether later hours are kept depends on reports that may be gone
-        where += f""" and hour <= (
-            select min(first_seen) / {HOUR} + {24 * HEALTH_DAYS} from stored.builds as seen
-            where seen.app_id = release_hours.app_id and seen.app_version = release_hours.app_version)"""
-    columns = ", ".join([*PRIMARY_KEYS[table], *sums.columns])
-    counted, kept = (f"select {columns} from {schema}.{table} where {where}" for schema in ("main", "stored"))
-    missing, extra = f"{counted} except {kept}", f"{kept} except {counted}"
-    may_be_old = sums.window or table == "release_hours"  # rows that are too old are deleted some time later
-    return [missing] if may_be_old else [missing, extra]
+    values = {"settled": expired + first_seq(HOUR) if expired else 0, "max_builds": MAX_BUILDS_OF_APP}
+    tables = re.findall(r"create table (\w+)", "".join(figure.TABLES for figure in FIGURES))
+    return [table for table in (*SUMS, *tables) if any(
+        db.execute(query + " limit 1", values).fetchone() for query in _differences(table, expired))]
 
 
 # The columns with the times of a row's first and last report. Both reports may have expired.
 SPAN_COLUMNS = {"sessions": ("first_seq", "last_seq"), "groups": ("first_seen", "last_seen"),
                 "builds": ("first_seen", "last_seen"), "devices": ("first_day", "last_hour")}
+_COMPARED = {  # the rows that are compared, where these are not all
+    # Devices that were last seen before may be gone already.
+    **dict.fromkeys(("devices", "device_days", "device_versions"), """
+        (app_id, device) in (select app_id, device from main.devices where last_seq > :settled)"""),
+    # At the limit, other builds may have come first.
+    "builds": "(select count(*) from stored.builds where app_id = this.app_id) < :max_builds",
+    # Whether later hours are kept depends on reports that may be gone.
+    "release_hours": f"""
+        hour <= (select min(first_seen) / {HOUR} + {24 * HEALTH_DAYS} from stored.builds as seen
+                 where seen.app_id = this.app_id and seen.app_version = this.app_version)"""}
 
 
-def _wrong_rows(table: str) -> str:
-    """A query for rows that are not stored, or whose span is shorter than that of the reports that are left."""
+def _differences(table: str, expired: int) -> Iterator[str]:
+    """Queries for rows that differ. If reports have expired, they only look at later days, or for sums that are too
+    small: without its first report, a device or session would be counted on a later day or for a later release."""
+    sums = SUMS.get(table) or Sums("", "crashes devices" if table == "groups" else "", lasts=False)
+    if table in ("key_days", "medians") or expired and sums.lasts and not sums.check:
+        return  # no report tells of requests, and medians are a cache
+    condition = "app_id in (select id from apps) and " + _COMPARED.get(table, "true")  # not of deleted apps
+    if expired and sums.check == "recent":
+        condition += f" and day > {(expired >> SEQ_BITS) // DAY + 1}"
+    sign = ">=" if expired and sums.check == "at least" else "="
     first, last = SPAN_COLUMNS.get(table, ("app_id", "app_id"))
-    same = [*PRIMARY_KEYS[table], *(("crashes", "devices") if table == "groups" else ())]
-    condition = "true"
-    if "device" in table:
-        condition = "(app_id, device) in (select app_id, device from main.devices where last_seq > :settled)"
-    elif table == "builds":  # at the limit, other builds may have come first
-        condition = f"(select count(*) from stored.builds where app_id = counted.app_id) < {MAX_BUILDS_OF_APP}"
-    return f"""
-        select 1 from main.{table} as counted where {condition} and not exists (
-            select 1 from stored.{table} as kept
-            where {" and ".join(f"kept.{column} = counted.{column}" for column in same)}
-            and kept.{first} <= counted.{first} and kept.{last} >= counted.{last})"""
+    columns = [*((name, "=") for name in PRIMARY_KEYS[table]), *((name, sign) for name in sums.columns),
+               (first, "<="), (last, ">=")]
+    query = "select 1 from {}.{} as this where {} and not exists (select 1 from {}.{} as other where {})"
+    is_same = " and ".join(f"other.{name} {sign} this.{name}" for name, sign in columns)
+    yield query.format("main", table, condition, "stored", table, is_same)
+    # Other rows that are not counted again are from before a window, or describe reports that have expired.
+    if table in SUMS and sign == "=" and not sums.window and table != "release_hours":
+        yield query.format("stored", table, condition, "main", table, is_same)
 
 
 def channel_warnings(path: Path) -> list[str]:
@@ -8457,7 +8436,7 @@ class Commands:
 
     def do_import(self) -> str:
         with self.options.FILE as file:
-            counts = import_jsonl(self.store, iter(lambda: file.readline(MAX_LINE), b""))
+            counts = import_jsonl(self.store, file)
         return (f"Stored {plural(counts['stored'], 'report')}; {counts['known']:,} were here already, and"
                 f" {counts['expired']:,} are older than what is kept here.")
 
@@ -8543,24 +8522,15 @@ def _run(options: argparse.Namespace, make: Callable[..., Backfeedr], open_store
 
 
 def _restart_compiled() -> None:
-    """Replaces this process, if it runs the script, with one that runs the same code as a compiled module: Python keeps
-    the syntax tree of a script until it ends, 22 MB. Does nothing if Python cannot store a compiled module beside the
-    script, if it was told to ignore the environment, or if it is older than 3.10."""
-    frame, loader, path = sys._getframe(), globals().get("__loader__"), os.pathsep.join(map(str, sys.path))
-    while frame.f_back:
-        frame = frame.f_back
-    if not isinstance(loader, SourceFileLoader) or not hasattr(sys, "orig_argv"):
-        return
-    is_script = frame.f_globals is globals() and loader.path == __file__ and __file__.endswith(".py")  # not a profiler
+    """Replaces this process, if it runs the script, with one that runs the script's compiled module: Python keeps the
+    syntax tree of a script until it ends, 22 MB. Does nothing if Python cannot store that module, if it was told to
+    ignore the environment, or if it is older than 3.10."""
+    loader, path = globals().get("__loader__"), os.pathsep.join(map(str, sys.path))
+    is_script = isinstance(loader, SourceFileLoader) and loader.name == "__main__"  # not -m, an archive or a profiler
     keeps_path = not sys.flags.ignore_environment and path.split(os.pathsep) == sys.path
-    if not is_script or not keeps_path or sys.dont_write_bytecode:
-        return
-    with suppress(OSError):
-        status, compiled = os.stat(__file__), cache_from_source(__file__)
-        times = struct.pack("<3I", 0, int(status.st_mtime) & 0xFFFFFFFF, status.st_size & 0xFFFFFFFF)  # by PEP 552
-        content = MAGIC_NUMBER + times + marshal.dumps(frame.f_code)  # what runs, never what was stored before
-        loader.set_data(compiled, content)  # does nothing if it cannot write
-        if Path(compiled).read_bytes() == content:
+    if is_script and keeps_path and not sys.dont_write_bytecode and hasattr(sys, "orig_argv"):
+        with suppress(OSError, py_compile.PyCompileError):
+            compiled = str(py_compile.compile(__file__, doraise=True))
             os.execve(sys.executable, [*sys.orig_argv[:-len(sys.argv)], compiled, *sys.argv[1:]],
                       {**os.environ, "PYTHONPATH": path})  # packages may be beside the script
 

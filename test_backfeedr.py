@@ -1094,7 +1094,7 @@ def test_a_cut_crash_keeps_its_group_when_it_is_imported(api, serve):
     lines, other = io.StringIO(), serve("other.db")
     for stored_report in api.server.store.export(backfeedr.Crash):
         backfeedr.write_jsonl(lines, stored_report)
-    assert backfeedr.import_jsonl(other.store, lines.getvalue().encode().splitlines())["stored"] == 1
+    assert backfeedr.import_jsonl(other.store, io.BytesIO(lines.getvalue().encode()))["stored"] == 1
     assert status == 201 and report(other)["group_hash"] == answer["group_hash"]
     assert "truncated" in report(other)["extra"]
 
@@ -9334,8 +9334,8 @@ def test_reports_are_escaped_on_a_terminal_and_exact_elsewhere(command, filled, 
 
 
 def test_import_names_a_bad_line_and_stores_the_lines_before_it(command, filled, monkeypatch):
-    monkeypatch.setattr(backfeedr, "IMPORT_LINES", 5)
     good = [json.dumps(event).encode() for event in exported(command, "events") if event["app"] == "default"][:12]
+    monkeypatch.setattr(backfeedr, "IMPORT_BYTES", sum(len(line) + 1 for line in good[:5]) - 1)
     Path("good").write_bytes(b"\n".join(good))
     for change, problem in (
             (b"junk", "invalid JSON"), (b"[]", "invalid JSON"), ({"id": None}, "missing id"),
