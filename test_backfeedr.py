@@ -9321,21 +9321,20 @@ def test_import_names_a_bad_line_and_stores_the_lines_before_it(command, filled,
             check_database("other.db")
 
 
-def test_a_report_that_came_after_a_clock_was_set_back_by_a_year_is_imported_with_its_time_of_receipt(command, filled):
+def test_an_import_keeps_a_time_of_receipt_long_before_the_id_and_ends_with_one_line_without_a_disk(
+        command, filled, monkeypatch):
+    """An id is later than the receipt if the server's clock was set back, perhaps by a year."""
     event = exported(command, "events")[0]
     received_at = parse_time(event["received_at"]) - 366 * DAY
     Path("events").write_text(json.dumps({**event, "received_at": iso_time(received_at)}))
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "import_", raising(StorageUnavailable()))
+        check_one_line(command("import", "events", "--db", "other.db"),
+                       "backfeedr: storage unavailable; 0 reports before it were stored: *")
+        assert sql("other.db", "select * from events") == []
     assert command("import", "events", "--db", "other.db")[0] == 0
     assert sql("other.db", "select id, received_at from events") == [(event["id"], received_at)]
     assert [each["received_at"] for each in exported(command, "events", "--db", "other.db")] == [iso_time(received_at)]
-
-
-def test_an_import_without_disk_and_an_interrupted_export_end_with_one_line(command, filled, monkeypatch):
-    Path("events").write_text(command("export", "events")[1])
-    monkeypatch.setattr(Store, "import_", raising(StorageUnavailable()))
-    check_one_line(command("import", "events", "--db", "other.db"),
-                   "backfeedr: storage unavailable; 0 reports before it were stored: *")
-    assert sql("other.db", "select * from events") == []
     monkeypatch.setattr(backfeedr, "write_jsonl", raising(KeyboardInterrupt))
     assert command("export", "events") == (1, "", "backfeedr: interrupted\n")
 
@@ -9391,13 +9390,6 @@ def test_a_number_that_no_channel_has_is_refused_and_a_long_device_is_cut_like_t
     assert command("device", "forget", "d" * 501)[0] == 0 and command("device", "show", "d" * 600)[0] == 1
 
 
-def test_check_finds_a_file_or_a_folder_that_a_server_could_not_write_to(command, filled, monkeypatch):
-    path = Path("backfeedr.db").absolute()
-    for place in (path, path.parent):
-        monkeypatch.setattr(os, "access", lambda asked, mode, place=place: asked != place)
-        assert f"BAD file: no permission to read and write {place}, which a server needs\n" in command("check")[1]
-
-
 @pytest.mark.parametrize("name", ["backfeedr.db", "closed.db", "crashed.db"])
 def test_check_prints_a_line_for_each_check_and_changes_nothing(command, filled, monkeypatch, name):
     def contents():
@@ -9449,6 +9441,9 @@ def test_check_finds_damage_and_leaves_an_older_schema_to_the_next_start(command
     monkeypatch.setenv("BACKFEEDR_PORT", "http")
     monkeypatch.setattr(backfeedr, "LOW_DISK", 1 << 60)
     assert re.findall("^BAD (.+?):", command("check")[1], re.MULTILINE) == ["settings", "file"]
+    for place in (Path("backfeedr.db").absolute(), Path().absolute()):
+        monkeypatch.setattr(os, "access", lambda asked, mode, place=place: asked != place)
+        assert f"BAD file: no permission to read and write {place}, which a server needs\n" in command("check")[1]
 
 
 def test_check_warns_above_90_percent_of_the_disk_or_the_size_limit(command, filled, monkeypatch):
@@ -11336,10 +11331,23 @@ def check_all_stored(load, url):
     check_database(url)
 
 
+def check_a_kill(host, servers, url):
+    """Kills a host under load: what the others acknowledge is stored once, and so is hardly anything else. Returns the
+    load."""
+    before, load = set(stored_ids(url)), Load(servers, clients=16)
+    wait_for_more(load, 300)
+    host.process.kill()
+    wait_for_more(load, 300)
+    load.finish()
+    new = [id for id in stored_ids(url) if id not in before]
+    assert set(load.acknowledged) <= set(new) and len(set(new)) == len(new)
+    assert len(new) - len(load.acknowledged) <= 10 * (load.lost + len(load.others))
+    return load
+
+
 @needs_postgres
 @pytest.mark.slow
-def test_two_hosts_store_everything_they_acknowledge_once_even_if_one_is_killed(
-        hosts, run, schemas):
+def test_two_hosts_store_everything_they_acknowledge_once_even_if_one_is_killed(hosts, run, schemas):
     one, two = hosts
     first = one.post(CRASHES, CRASH, **{"Idempotency-Key": "a"})
     assert first[0] == 201 and two.post(CRASHES, CRASH, **{"Idempotency-Key": "a"}) == (200, first[1])
@@ -11350,17 +11358,9 @@ def test_two_hosts_store_everything_they_acknowledge_once_even_if_one_is_killed(
     load.finish()
     load.acknowledged.append(first[1]["id"])
     check_all_stored(load, schemas())
-
-    before, load = set(load.acknowledged), Load(hosts, clients=16)
-    wait_for_more(load, 300)
-    one.process.kill()
-    wait_for_more(load, 300)
+    assert check_a_kill(one, hosts, schemas()).others == []
     assert run(db=schemas()).post(CRASHES, CRASH)[0] == 201
-    load.finish()
     assert two.stop()[0] == 0
-    new = [id for id in stored_ids(schemas()) if id not in before]
-    assert load.others == [] and set(load.acknowledged) <= set(new) and len(set(new)) == len(new)
-    assert len(new) - len(load.acknowledged) <= 1 + 10 * load.lost
     check_database(schemas())
 
 
@@ -11449,14 +11449,8 @@ def test_a_rolling_restart_behind_the_balancer_is_not_noticed_and_a_lost_host_lo
         load.finish()
         check_all_stored(load, schemas())
 
-        before, load = set(load.acknowledged), Load([balancer], clients=16)
-        wait_for_more(load, 300)
-        hosts[0].process.kill()
-        wait_for_more(load, 300)
-        load.finish()
+        load = check_a_kill(hosts[0], [balancer], schemas())
         assert load.lost == 0 and [each for each in load.others if each != UNAVAILABLE] == [] and len(load.others) <= 16
-        found = set(stored_ids(schemas())) - before
-        assert set(load.acknowledged) <= found and len(found) - len(load.acknowledged) <= 10 * len(load.others)
         hosts[1].stop()
         status, headers, body = ask(f"http://127.0.0.1:{balancer.port}{CRASHES}", CRASH)
         assert (status, json.loads(body)) == UNAVAILABLE
