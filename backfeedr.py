@@ -3174,71 +3174,59 @@ def _triage_value(name: str, value: Any, now: int) -> Any:
 
 def decide(db: Any, app_id: int, group_hash: str, changes: JsonObject, now: int) -> None:
     """Applies changes from parse_triage to a group. Raises Refusal for a condition that belongs to another state."""
-    before = after = _read_decision(db, app_id, group_hash) or Decision("open", now)
-    state = changes.get("state", before.state)
-    conditions = {}
-    for name, (state_of_condition, column, _) in CONDITIONS.items():
-        if changes.get(name) is not None and state != state_of_condition:
-            raise Refusal(f"invalid {name}", detail=f'it goes with "state": "{state_of_condition}"')
-        if name in changes:
-            conditions[column] = changes[name]
-    if "state" in changes:
-        after = Decision(state, now, regressed_at=None if state == "resolved" else before.regressed_at)
-    if "state" in changes or conditions:
-        after = after._replace(changed_at=now, **conditions)
-        if state != "open" or before.state != "open":
-            texts = [to_text(value) for _, column, to_text in CONDITIONS.values()
-                     if (value := getattr(after, column)) is not None]
-            _add_history(db, app_id, group_hash, now, STATES[state], " or ".join(texts) or None)
-    _write_decision(db, app_id, group_hash, after)
-    if "comment" in changes:
-        _add_history(db, app_id, group_hash, now, "commented", changes["comment"])
-
-
-def _read_decision(db: Any, app_id: int, group_hash: str) -> Decision | None:
     row = db.execute(f"select {', '.join(Decision._fields)} from triage where app_id = ? and group_hash = ?",
                      (app_id, group_hash)).fetchone()
-    return Decision(*row) if row else None
+    before = after = Decision(*row) if row else Decision("open", now)
+    state, history = changes.get("state", before.state), []
+    for name, (state_of_condition, _, _) in CONDITIONS.items():
+        if changes.get(name) is not None and state != state_of_condition:
+            raise Refusal(f"invalid {name}", detail=f'it goes with "state": "{state_of_condition}"')
+    if "state" in changes:
+        after = Decision(state, now, regressed_at=None if state == "resolved" else before.regressed_at)
+    if changes.keys() != {"comment"}:
+        after = after._replace(changed_at=now, **{
+            column: changes[name] for name, (_, column, _) in CONDITIONS.items() if name in changes})
+        texts = [to_text(value) for _, column, to_text in CONDITIONS.values()
+                 if (value := getattr(after, column)) is not None]
+        if (before.state, state) != ("open", "open"):
+            history.append((STATES[state], " or ".join(texts) or None))
+    if "comment" in changes:
+        history.append(("commented", changes["comment"]))
+    _write_decision(db, app_id, group_hash, after, now, history)
 
 
-def _write_decision(db: Any, app_id: int, group_hash: str, decision: Decision) -> None:
+def _write_decision(db: Any, app_id: int, group_hash: str, decision: Decision, now: int,
+                    history: Sequence[tuple[str, str | None]]) -> None:
+    """Writes a decision, adds these entries to the history, and deletes the oldest ones beyond MAX_HISTORY."""
     upsert(db, "triage", [(app_id, group_hash, *decision)], _replacements(Decision._fields))
-
-
-def _add_history(db: Any, app_id: int, group_hash: str, at: int, what: str, detail: str | None) -> None:
-    """Adds an entry, and deletes the oldest one beyond MAX_HISTORY."""
     last, = db.execute("select coalesce(max(entry), 0) from group_history where app_id = ? and group_hash = ?",
                        (app_id, group_hash)).fetchone()
-    db.execute("insert into group_history values (?, ?, ?, ?, ?, ?)", (app_id, group_hash, last + 1, at, what, detail))
-    db.execute("delete from group_history where app_id = ? and group_hash = ? and entry <= ?",
-               (app_id, group_hash, last + 1 - MAX_HISTORY))
-
-
-def move_triage(db: Any, app_id: int, group_hash: str, target: str) -> None:
-    """Moves the decision and the history of a group to the group `target`. The target's own decision has precedence."""
-    in_both, both = "app_id = ? and group_hash in (?, ?)", (app_id, group_hash, target)
-    entries = db.execute(f"select at, what, detail from group_history where {in_both} order by at, group_hash, entry",
-                         both).fetchall()[-MAX_HISTORY:]
-    decision = _read_decision(db, app_id, target) or _read_decision(db, app_id, group_hash)
-    for table in ("group_history", "triage"):
-        db.execute(f"delete from {table} where {in_both}", both)
     write_rows(db, "insert into group_history values *",
-               [(app_id, target, number, *entry) for number, entry in enumerate(entries, 1)])
-    if decision:
-        _write_decision(db, app_id, target, decision)
+               [(app_id, group_hash, number, now, *entry) for number, entry in enumerate(history, last + 1)])
+    db.execute("delete from group_history where app_id = ? and group_hash = ? and entry <= ?",
+               (app_id, group_hash, last + len(history) - MAX_HISTORY))
 
 
 def rename_group(db: Any, app_id: int, group_hash: str, target: str) -> None:
-    """Makes a group without crashes an alias of the group `target`, which gets its decision and its history."""
+    """Makes a group without crashes an alias of the group `target`, which gets its history and, unless it has one of
+    its own, its decision."""
+    names = {"app": app_id, "group": group_hash, "target": target}
     if not db.execute("""
-            select 1 from apps where id = ? and not exists (
-                select 1 from crashes where app_id = apps.id and group_hash = ?)""",
-                      (app_id, group_hash)).fetchone():
+            select 1 from apps where id = :app and not exists (
+                select 1 from crashes where app_id = apps.id and group_hash = :group)""", names).fetchone():
         return
-    db.execute("update group_aliases set target = ? where app_id = ? and target = ?", (target, app_id, group_hash))
-    db.execute("delete from group_aliases where app_id = ? and group_hash = ?", (app_id, target))
-    upsert(db, "group_aliases", [(app_id, group_hash, target)], "target = excluded.target")
-    move_triage(db, app_id, group_hash, target)
+    for statement in (
+            "update group_aliases set target = :target where app_id = :app and target = :group",
+            "delete from group_aliases where app_id = :app and group_hash = :target",
+            """insert into group_aliases values (:app, :group, :target)
+                on conflict (app_id, group_hash) do update set target = excluded.target""",
+            """update group_history set group_hash = :target, entry = entry + (
+                    select coalesce(max(entry), 0) from group_history where app_id = :app and group_hash = :target)
+                where app_id = :app and group_hash = :group""",
+            """update triage set group_hash = :target where app_id = :app and group_hash = :group and not exists (
+                select 1 from triage where app_id = :app and group_hash = :target)""",
+            "delete from triage where app_id = :app and group_hash = :group"):
+        db.execute(statement, names)
 
 
 def unknown_group_refusal(db: Any, app: str | None, group_hash: str) -> Refusal:
@@ -3272,20 +3260,21 @@ def _has_fix(version: str, build: str, fixed_in: str) -> bool | None:
     return key >= fixed_key if key[0] and fixed_key[0] else None
 
 
-def _first_seen(db: Any, app_id: int, version: str, build: str) -> int | None:
-    """When a build, or a version if `build` is "", was first seen in a report; None if never. Events name no build, so
-    the first build that a crash names is taken to be as old as its version."""
+def _first_seen(db: Any, app_id: int, version: str, build: str, if_never: int) -> int:
+    """When a build, or a version if `build` is "", was first seen in a report. Events name no build, so the first build
+    that a crash names is as old as its version. If `if_never` is 0, so is a build beyond MAX_BUILDS_OF_APP."""
     builds = dict(db.execute("select build_number, first_seen from builds where app_id = ? and app_version = ?",
                              (app_id, version)).fetchall())
     first_build = min(filter(None, builds), key=builds.__getitem__, default="")
-    return min(builds.values(), default=None) if build in ("", first_build) else builds.get(build)
+    version_seen: int = min(builds.values(), default=if_never)
+    return version_seen if build in ("", first_build) else builds.get(build, if_never or version_seen)
 
 
 def _is_regression(db: Any, decision: Decision, crash: Any) -> bool:
     """Whether a crash shows that a resolved group is not fixed. An old build that still crashes does not."""
     app_id, build, since = crash.app_id, crash.build_number or "", decision.changed_at + 1
     if not crash.app_version:  # such a crash tells nothing, unless the app has no versions at all
-        return crash.at >= since and not db.execute("select 1 from releases where app_id = ?", (app_id,)).fetchone()
+        return crash.at >= since and not db.execute("select 1 from builds where app_id = ?", (app_id,)).fetchone()
     # The version that was sent: the crash may count under "(other)".
     version, = db.execute("select app_version from crashes where seq = ?", (crash.seq,)).fetchone()
     if decision.fixed_in:
@@ -3293,12 +3282,8 @@ def _is_regression(db: Any, decision: Decision, crash: Any) -> bool:
         has_fix = _has_fix(version_alone, build or build_in_version, decision.fixed_in)
         if has_fix is not None:
             return has_fix
-        since = _first_seen(db, app_id, *_split_build(decision.fixed_in)) or MAX_NUMBER
-    seen = _first_seen(db, app_id, version, build)
-    if seen is None:  # the build is beyond MAX_BUILDS_OF_APP, or its version is not counted
-        seen, = db.execute("select coalesce(max(first_seen), 0) from releases where app_id = ? and app_version = ?",
-                           (app_id, version)).fetchone()
-    return bool(seen >= since)
+        since = _first_seen(db, app_id, *_split_build(decision.fixed_in), if_never=MAX_NUMBER)
+    return _first_seen(db, app_id, version, build, if_never=0) >= since
 
 
 def _find_reopening(db: Any, now: int, decision: Decision, crashes: list[Any], devices: int) -> tuple[str, Any] | None:
@@ -3306,17 +3291,12 @@ def _find_reopening(db: Any, now: int, decision: Decision, crashes: list[Any], d
     if decision.state == "resolved":  # one crash of each build before the decision, and one after it, are enough
         first_of_build = {(crash.app_version, crash.build_number, crash.at > decision.changed_at): crash
                           for crash in reversed(crashes)}
-        for crash in sorted(first_of_build.values()):
-            if _is_regression(db, decision, crash):
-                return "regressed", crash
-        return None
-    if decision.until is not None and now > decision.until:
-        return "unmuted", crashes[0]
-    if decision.crashes_left is not None and decision.crashes_left <= len(crashes):
-        return "unmuted", crashes[decision.crashes_left - 1]
-    if decision.devices_left is not None and decision.devices_left <= devices:
-        return "unmuted", crashes[-1]
-    return None
+        return next((("regressed", crash) for crash in sorted(first_of_build.values())
+                     if _is_regression(db, decision, crash)), None)
+    until, crashes_left, devices_left = (limit or MAX_NUMBER for limit in decision[3:6])
+    if now > until or crashes_left <= len(crashes):
+        return "unmuted", crashes[0 if now > until else crashes_left - 1]
+    return ("unmuted", crashes[-1]) if devices_left <= devices else None
 
 
 def update_triage(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], are_moved: bool = False) -> None:
@@ -3330,7 +3310,7 @@ def update_triage(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], a
     keys = [(*key, int(devices_of[key] > 0 or (key[0], "group_hash", key[1]) in accepted)) for key in groups]
     keys = [key for key in keys if key[2] or key[:2] not in rollups.known.open_groups]
     rollups.known.open_groups.update(key[:2] for key in keys)
-    for app_id, group_hash, crash_count, device_count, exception_type, place, *triage in rows_of(db, f"""
+    for app_id, group, crash_count, device_count, exception_type, place, *triage in rows_of(db, f"""
             select column1, column2, crashes, devices, exception_type, coalesce(place, ''),
                 {", ".join(Decision._fields)}
             from (values *) as keys
@@ -3338,37 +3318,37 @@ def update_triage(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], a
             cross join groups on groups.app_id = column1 and groups.group_hash = column2
             left join triage on triage.app_id = column1 and triage.group_hash = column2
             where (column3 > 0 or state <> 'open') and (is_test = 0 or coalesce(state, 'open') = 'open')""", keys):
-        decision, stored, new_devices = Decision(*triage), groups[app_id, group_hash], devices_of[app_id, group_hash]
+        decision, stored, new_devices = Decision(*triage), groups[app_id, group], devices_of[app_id, group]
+        facts = [("new", stored[0])] * (not decision.state and (app_id, "group_hash", group) in accepted)
         if decision.state in ("resolved", "muted"):
-            rollups.known.open_groups.discard((app_id, group_hash))
-        facts = []
-        if decision.state == "resolved" or decision.state == "muted" and not are_moved:
-            reopening = _find_reopening(db, now, decision, stored, new_devices)
-            if not reopening:
-                if decision.crashes_left or decision.devices_left:
-                    db.execute("""
-                        update triage set crashes_left = crashes_left - ?, devices_left = devices_left - ?
-                        where app_id = ? and group_hash = ?""", (len(stored), new_devices, app_id, group_hash))
+            rollups.known.open_groups.discard((app_id, group))
+            if are_moved and decision.state == "muted" or not (
+                    facts := _reopen(db, now, decision, stored, new_devices)):
                 continue
-            _reopen(db, now, decision, *reopening)
-            facts.append(reopening)
-        elif not decision.state and (app_id, "group_hash", group_hash) in accepted:
-            facts.append(("new", stored[0]))
-        has_spread = any(device_count - new_devices < bound <= device_count for bound in SPREAD_BOUNDS)
-        if has_spread and group_hash != OTHER and not are_moved:
+        if group != OTHER and not are_moved and any(
+                device_count - new_devices < bound <= device_count for bound in SPREAD_BOUNDS):
             facts.append(("spread", stored[-1]))
         for what, crash in facts:
-            note_fact(db, "crash." + what, app_id, now, group_hash, exception_type=exception_type, place=place,
+            note_fact(db, "crash." + what, app_id, now, group, exception_type=exception_type, place=place,
                       app_version=crash.app_version, build_number=crash.build_number, crashes=crash_count,
                       devices=device_count, fixed_in=decision.fixed_in if what == "regressed" else None)
 
 
-def _reopen(db: Any, now: int, decision: Decision, what: str, crash: Any) -> None:
-    """Opens a group again, and names in its history the crash that did it."""
-    after = Decision("open", now, decision.fixed_in, regressed_at=now if what == "regressed" else decision.regressed_at)
-    _write_decision(db, crash.app_id, crash.group_hash, after)
+def _reopen(db: Any, now: int, decision: Decision, crashes: list[Any], new_devices: int) -> list[tuple[str, Any]]:
+    """Opens a group again, and returns the fact; or counts the crashes for the end of the mute, and returns none."""
+    app_id, group = crashes[0].app_id, crashes[0].group_hash
+    reopening = _find_reopening(db, now, decision, crashes, new_devices)
+    if not reopening:
+        if decision.crashes_left or decision.devices_left:
+            db.execute("""
+                update triage set crashes_left = crashes_left - ?, devices_left = devices_left - ?
+                where app_id = ? and group_hash = ?""", (len(crashes), new_devices, app_id, group))
+        return []
+    what, crash = reopening
     version = f" in {with_build(crash.app_version, crash.build_number)}" if crash.app_version else ""
-    _add_history(db, crash.app_id, crash.group_hash, now, what, f"crash {crash_id(crash.seq)}{version}")
+    after = Decision("open", now, decision.fixed_in, regressed_at=now if what == "regressed" else decision.regressed_at)
+    _write_decision(db, app_id, group, after, now, [(what, f"crash {crash_id(crash.seq)}{version}")])
+    return [reopening]
 
 
 def note_fact(db: Any, kind: str, app_id: int, at: int, group_hash: str | None, **detail: Any) -> None:
@@ -5811,7 +5791,7 @@ class GroupMetrics(PublicMetrics):
                 where {APP_FILTER} and group_hash = :group and ({COUNTED_AT}, seq) < (:at, :seq)
                 order by at desc, seq desc limit :limit""", parameters).fetchall()
             history = dict_rows(db, """
-                select at, what, detail from group_history where app_id = ? and group_hash = ? order by entry
+                select at, what, detail from group_history where app_id = ? and group_hash = ? order by at, entry
                 """, (summary["app_id"], group_hash))
             missing = self._missing_builds(db, app_id, group_hash, 3)
             reports = _load_reports(db, "crashes", [seq for seq, _ in page[:limit]])
