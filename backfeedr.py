@@ -5020,7 +5020,7 @@ def file_warnings(path: Path, max_db_size: int) -> list[str]:
 
 
 # == Channels ==================================================================
-# Where alerts are sent. A kind of channel is a function that turns a message into an HTTP request.
+# Where alerts are sent. A kind of channel is a function that sends a message there, or raises DeliveryError.
 
 CHAT_BYTES = 1800  # of a chat message: Discord takes 2,000 characters, ntfy 4,096 bytes
 FACT_LENGTH = 300  # characters of a fact in a chat message
@@ -5040,66 +5040,57 @@ class DeliveryError(StoreError):
 
 
 Message = JsonObject  # id, channel_id, body (JSON) and tries of a message; url, secret and with_reason of its channel
-PostRequest = tuple[str, bytes, dict[str, str]]  # address, body and headers
 
 
-def _webhook_request(message: Message, now: int) -> PostRequest:
-    """A request that is signed according to https://www.standardwebhooks.com."""
+def _send_to_webhook(message: Message, now: int) -> None:
+    """Signs a message according to https://www.standardwebhooks.com."""
     timestamp, key = str(now // SECOND), base64.b64decode(message["secret"][len("whsec_"):])
     signature = hmac.new(key, f"{message['id']}.{timestamp}.{message['body']}".encode(), hashlib.sha256).digest()
-    return message["url"], message["body"].encode(), {
+    post(message["url"], message["body"], {
         "webhook-id": message["id"], "webhook-timestamp": timestamp,
-        "webhook-signature": "v1," + base64.b64encode(signature).decode()}
+        "webhook-signature": "v1," + base64.b64encode(signature).decode()})
 
 
-def _slack_request(message: Message, now: int) -> PostRequest:
-    """A request for Slack, for Mattermost, or for Discord at an address that ends with /slack."""
+def _send_to_slack(message: Message, now: int) -> None:
+    """Sends to Slack, to Mattermost, or to Discord at an address that ends with /slack."""
     text = "\n".join(message_lines(message, True, _MARKUP_ESCAPES))
-    return message["url"].partition("+")[2], to_json({"text": text}).encode(), {}
+    post(message["url"].partition("+")[2], to_json({"text": text}), {})
 
 
-def _ntfy_request(message: Message, now: int) -> PostRequest:
-    """A request in JSON, because a header cannot carry every title."""
+def _send_to_ntfy(message: Message, now: int) -> None:
+    """Sends JSON, because a header cannot carry every title."""
     url, _, topic = message["url"].partition("+")[2].rpartition("/")
     title, *lines = message_lines(message, False, {})
     link = json.loads(message["body"])["data"].get("url")
-    return url + "/", to_json({"topic": topic, "title": title, "message": "\n".join(lines),
-                               **({"click": link} if link else {})}).encode(), {}
+    post(url + "/", to_json({"topic": topic, "title": title, "message": "\n".join(lines),
+                             **({"click": link} if link else {})}), {})
 
 
-CHANNELS: dict[str, Callable[[Message, int], PostRequest]] = {  # by the scheme of the address
-    "https": _webhook_request, "http": _webhook_request, "slack+https": _slack_request, "slack+http": _slack_request,
-    "ntfy+https": _ntfy_request, "ntfy+http": _ntfy_request}
-
-
-def message_lines(message: Message, with_links: bool, escapes: Mapping[int, str]) -> list[str]:
-    """The title of a message, a line for each fact as far as they fit, and the number of others. `escapes` maps the
-    characters that are markup in the channel to what replaces them."""
-    data, lines, size = json.loads(message["body"])["data"], [], 0
-    for fact in data["facts"]:
-        link = fact.get("url", "") if with_links else ""
-        line = f"{fact['text'][:FACT_LENGTH]} {link}".rstrip().translate(escapes)
-        size += len(line.encode()) + 1
-        if size > CHAT_BYTES:
-            break
-        lines.append(line)
-    more = data["more"] + len(data["facts"]) - len(lines)
-    return [data["title"].translate(escapes), *lines, *([f"and {more:,} more"] if more else [])]
-
-
-def send(message: Message, now: int) -> None:
-    """Sends a message to its channel. Raises DeliveryError."""
-    make_request = CHANNELS.get(urlsplit(message["url"]).scheme)
-    if make_request:
-        post(*make_request(message, now))
-        return
+def _send_by_apprise(message: Message, now: int) -> None:
     title, *lines = message_lines(message, True, {})
     if not _apprise_sender(message["url"]).notify(title=title, body="\n".join(lines)):
         raise DeliveryError("Apprise could not send it")
 
 
-def post(url: str, body: bytes, headers: Mapping[str, str]) -> None:
-    """Sends a request. Raises DeliveryError unless the answer is a 2xx; redirects are not followed."""
+CHANNELS: dict[str, Callable[[Message, int], None]] = {  # by the scheme of the address; Apprise knows all others
+    "https": _send_to_webhook, "http": _send_to_webhook, "slack+https": _send_to_slack, "slack+http": _send_to_slack,
+    "ntfy+https": _send_to_ntfy, "ntfy+http": _send_to_ntfy}
+
+
+def message_lines(message: Message, with_links: bool, escapes: Mapping[int, str]) -> list[str]:
+    """The title of a message, a line for each fact as far as they fit, and the number of others. `escapes` maps the
+    characters that are markup in the channel to what replaces them."""
+    data = json.loads(message["body"])["data"]
+    lines = [f"{fact['text'][:FACT_LENGTH]} {fact.get('url', '') if with_links else ''}".rstrip().translate(escapes)
+             for fact in data["facts"]]
+    sizes = accumulate(len(line.encode()) + 1 for line in lines)
+    shown = [line for line, size in zip(lines, sizes) if size <= CHAT_BYTES]
+    more = data["more"] + len(lines) - len(shown)
+    return [data["title"].translate(escapes), *shown, *([f"and {more:,} more"] if more else [])]
+
+
+def post(url: str, body: str, headers: Mapping[str, str]) -> None:
+    """Sends JSON. Raises DeliveryError unless the answer is a 2xx; redirects are not followed."""
     parts, started = urlsplit(url), time.monotonic()
     headers = {"Content-Type": "application/json", "User-Agent": f"backfeedr/{__version__}", **headers}
     if parts.username is not None:
@@ -5112,7 +5103,7 @@ def post(url: str, body: bytes, headers: Mapping[str, str]) -> None:
     deadline.daemon = True
     deadline.start()
     try:
-        connection.request("POST", target, body, headers)
+        connection.request("POST", target, body.encode(), headers)
         with connection.getresponse() as answer:  # else it keeps the socket open
             pass
     except (OSError, HTTPException, ValueError) as error:
@@ -5159,19 +5150,18 @@ _CHAT_ADDRESSES = {"hooks.slack.com": "slack+https://hooks.slack.com/...", "ntfy
                    **dict.fromkeys(("discord.com", "discordapp.com"), "slack+https://discord.com/.../slack")}
 
 
-def check_address(url: str) -> str:
-    """The scheme of a channel's address. Raises StoreError if nothing can be sent there."""
+def check_address(url: str) -> None:
+    """Raises StoreError if nothing can be sent to an address."""
     with suppress(ValueError):  # from urlsplit() or .port
         parts = urlsplit(url)
-        is_url = bool(re.fullmatch("[!-~]+", url) and parts.netloc)
         if parts.scheme in ("https", "http") and parts.hostname in _CHAT_ADDRESSES:
             raise StoreError(f"{parts.hostname} needs an address like {_CHAT_ADDRESSES[parts.hostname]}")
+        is_url = re.fullmatch("[!-~]+", url) and parts.netloc
         if is_url and parts.scheme not in CHANNELS:
-            _apprise_sender(url)
-            return parts.scheme
+            return _apprise_sender(url) and None
         has_topic = re.fullmatch(r"(/.*)?/[\w-]{1,64}", parts.path + parts.query) or "ntfy" not in parts.scheme
         if is_url and has_topic and parts.hostname and parts.port != 0 and not parts.fragment:
-            return parts.scheme
+            return
     raise StoreError("a channel's address is like https://example.com/hook or ntfy+https://ntfy.sh/TOPIC, and has no"
                      " spaces")
 
@@ -5218,7 +5208,8 @@ class Alerts:
         kinds = list(dict.fromkeys(kinds)) or [kind for kind, is_on in FACT_KINDS.items() if is_on]
         if unknown := [kind for kind in kinds if kind not in FACT_KINDS]:
             raise StoreError(f"there is no fact {unknown[0]!r}; there are {', '.join(FACT_KINDS)}")
-        is_signed, now = check_address(url) in ("https", "http"), self._store.now
+        check_address(url)
+        is_signed, now = CHANNELS.get(urlsplit(url).scheme) is _send_to_webhook, self._store.now
         secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode() if is_signed else ""
         digest_at = now - (now - hour * HOUR) % DAY + DAY if "digest" in kinds else None  # the next such hour
         with self._store.writing() as db:
@@ -5250,67 +5241,67 @@ class Alerts:
             channels = dict_rows(db, "select id as channel_id, url, secret from channels where id = ?", (id,))
         if not channels:
             raise StoreError(f"there is no channel {id}: see 'alert list'")
-        body = self._message_body("test", "backfeedr: a test", [
-            {"type": "test", "text": f"This is a test of channel {id}."}])
-        if error := self._attempt({**channels[0], "id": "msg_" + secrets.token_hex(12), "body": body, "tries": 0}):
+        facts = [{"type": "test", "text": f"This is a test of channel {id}."}]
+        if error := self._attempt({**channels[0], **self._message(id, "test", "backfeedr: a test", facts)}):
             raise StoreError(f"channel {id}: {error}")
 
     # Messages
 
-    def _message_body(self, kind: str, title: str, facts: Sequence[JsonObject], more: int = 0) -> str:
+    def _message(self, channel_id: int, kind: str, title: str, facts: Sequence[JsonObject], more: int = 0) -> Message:
         link = facts[0].get("url") if len(facts) == 1 else self._public_url and self._public_url + "/crashes"
-        return to_json({"type": kind, "timestamp": iso_time(self._store.now), "data": {
-            "title": title, "facts": facts, "more": more, **({"url": link} if link else {})}})
+        return {"id": "msg_" + secrets.token_hex(12), "channel_id": channel_id, "tries": 0, "body": to_json({
+            "type": kind, "timestamp": iso_time(self._store.now), "data": {
+                "title": title, "facts": facts, "more": more, **({"url": link} if link else {})}})}
 
-    def _queue(self, db: Connection, channel_id: int, body: str) -> None:
-        now = self._store.now
-        db.execute("insert into messages (id, channel_id, created_at, body, due_at) values (?, ?, ?, ?, ?)",
-                   ("msg_" + secrets.token_hex(12), channel_id, now, body, now))
+    def _queue(self, db: Connection, message: Message) -> None:
+        db.execute("""
+            insert into messages (id, channel_id, created_at, body, due_at) values (:id, :channel_id, :now, :body, :now)
+            """, {**message, "now": self._store.now})
 
     def _queue_messages(self) -> None:
-        """Makes messages of the facts that have waited for a minute, and of the digests that are due. A channel gets no
-        more messages for facts while MAX_HOURLY_MESSAGES are under an hour old or wait for a receiver that is down."""
+        """Makes messages of the digests that are due, and of the facts that have waited for a minute."""
         now = self._store.now
-        with self._store.reading() as db:
+        with self._store.reading() as db:  # reads first, because a write keeps others waiting
             channels = dict_rows(db, """
-                select channels.*, name as app, case
-                    when exists (select 1 from facts where id > last_fact and at not between :since and :now) then (
-                        select count(*) from messages  -- due_at = taken_until if only this message was refused
-                        where channel_id = channels.id and (created_at > :hour or due_at > taken_until)
-                    ) else :most end as messages  -- counted only if there are facts: that reads whole messages
+                select channels.*, name as app, exists (
+                    select 1 from facts where id > last_fact and at not between :since and :now) as has_facts
                 from channels left join apps on apps.id = app_id
                 where ended_at is null order by channels.id
-                """, {"since": now - FACT_DELAY + 1, "now": now, "hour": now - HOUR,  # at > now: a clock was set back
-                      "most": MAX_HOURLY_MESSAGES})
+                """, {"since": now - FACT_DELAY + 1, "now": now})  # at > now: a clock was set back
         for channel in channels:
             if channel["digest_at"] is not None and channel["digest_at"] <= now:
                 self._queue_digest(channel)
-            if channel["messages"] < MAX_HOURLY_MESSAGES:
+            if channel["has_facts"]:
                 self._queue_facts(channel)
 
     def _queue_digest(self, channel: JsonObject) -> None:
         """Makes a digest that begins where the last one ended, so that no moment is left out or repeated."""
-        due_at, app = channel["digest_at"], channel["app"]
+        id, due_at, app = channel["id"], channel["digest_at"], channel["app"]
         next_due_at = due_at + DAY * (1 + (self._store.now - due_at) // DAY)
         digest = self._digest(app, due_at - DAY, next_due_at - DAY)
         with self._store.writing() as db:
             apps = {None, *(name for name, in db.execute("select name from apps"))}  # one may have been deleted
             facts = [{"type": "digest", **fact} for fact in digest if fact.get("app") in apps]
             if db.execute("update channels set digest_at = ? where id = ? and digest_at = ?",
-                          (next_due_at, channel["id"], due_at)).rowcount:
-                title = f"backfeedr: the last day of {app or 'all apps'}"
-                self._queue(db, channel["id"], self._message_body("digest", title, facts))
+                          (next_due_at, id, due_at)).rowcount:  # 0 if another process was first
+                self._queue(db, self._message(id, "digest", f"backfeedr: the last day of {app or 'all apps'}", facts))
 
     def _queue_facts(self, channel: JsonObject) -> None:
-        """Makes a message of a channel's facts, unless the oldest is less than a minute old."""
+        """Makes a message of a channel's facts, unless the oldest is less than a minute old. They wait while the
+        channel has MAX_HOURLY_MESSAGES that are under an hour old or wait for a receiver that is down."""
+        now = self._store.now
         with self._store.writing() as db:  # waits for other commits, so no fact with a lower id can come later
+            messages, = db.execute("""
+                select count(*) from messages  -- due_at = taken_until if only this message was refused
+                where channel_id = ? and (created_at > ? or due_at > taken_until)""",
+                                   (channel["id"], now - HOUR)).fetchone()
             rows = dict_rows(db, """
                 select facts.id, kind, at, name as app, group_hash, detail from facts join apps on apps.id = app_id
                 where facts.id > :last_fact and (app_id = :app_id or :app_id is null and is_test = 0)
                     and instr(',' || :kinds || ',', ',' || kind || ',')
                 order by row_number() over (partition by app_id order by facts.id), facts.id  -- so no app hides another
                 """, channel)
-            if rows and self._store.now - FACT_DELAY < rows[0]["at"] <= self._store.now:
+            if messages >= MAX_HOURLY_MESSAGES or rows and now - FACT_DELAY < rows[0]["at"] <= now:
                 return
             is_first = db.execute("""
                 update channels set last_fact = (select coalesce(max(id), last_fact) from facts)
@@ -5319,8 +5310,7 @@ class Alerts:
                 facts = list(map(self._fact_json, sorted(rows[:MAX_FACTS], key=itemgetter("id"))))
                 counts = Counter(row["kind"].rpartition(".")[2] for row in rows)
                 title = "backfeedr: " + ", ".join(f"{count:,} {word}" for word, count in counts.items())
-                body = self._message_body(rows[0]["kind"], title, facts, len(rows) - len(facts))
-                self._queue(db, channel["id"], body)
+                self._queue(db, self._message(channel["id"], rows[0]["kind"], title, facts, len(rows) - len(facts)))
             db.execute("delete from facts where id <= (select min(last_fact) from channels where ended_at is null)")
 
     def _fact_json(self, row: JsonObject) -> JsonObject:
@@ -5370,7 +5360,7 @@ class Alerts:
         """Sends a message and records what came of it. Returns the error, if there was one."""
         error = None
         try:
-            send(message, self._store.now)
+            CHANNELS.get(urlsplit(message["url"]).scheme, _send_by_apprise)(message, self._store.now)
         except DeliveryError as failure:
             error = failure
         except Exception as unexpected:  # must not hold up other channels; its text may contain the address
@@ -5382,24 +5372,24 @@ class Alerts:
 
     def _record(self, message: Message, error: DeliveryError | None) -> None:
         """Records the outcome of a try, and when the next one is due. The status 410 ends the channel."""
-        now, tries, channel_id, due_at, taken_until = self._store.now, message["tries"], message["channel_id"], None, 0
+        now, tries, due_at, taken_until = self._store.now, message["tries"], None, 0
+        has_ended = error is not None and error.status == 410
         if error and tries < len(RETRY_SECONDS):
             due_at = now + max(RETRY_SECONDS[tries] * SECOND, error.retry_after)
-            taken_until = 0 if error.is_receiver_down else due_at  # so _queue_messages knows what waits for a receiver
+            taken_until = 0 if error.is_receiver_down else due_at  # so _queue_facts knows what waits for a receiver
         with self._store.writing(shared=True) as db:  # the channel first, so that two hosts do not deadlock
-            if error:
-                db.execute("update channels set error = ?, error_at = ? where id = ?", (str(error), now, channel_id))
-            else:
-                db.execute("update channels set error = null, error_at = null, sent_at = ? where id = ?",
-                           (now, channel_id))
+            db.execute("""
+                update channels set error = ?, error_at = ?, sent_at = coalesce(?, sent_at),
+                    ended_at = coalesce(?, ended_at)
+                where id = ?""", (error and str(error), now if error else None, None if error else now,
+                                  now if has_ended else None, message["channel_id"]))
             db.execute("""
                 update messages set due_at = :due, taken_until = :taken,
                     body = case when :due is null then '' else body end
                 where id = :id and due_at is not null  -- null: another process sent it, or its app was deleted
                 """, {"due": due_at, "taken": taken_until, "id": message["id"]})
-            if error and error.status == 410:
-                db.execute("update channels set ended_at = ? where id = ?", (now, channel_id))
-                db.execute("delete from messages where channel_id = ?", (channel_id,))
+            if has_ended:
+                db.execute("delete from messages where channel_id = ?", (message["channel_id"],))
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -5434,10 +5424,10 @@ def _with_reasons(db: Connection, body: str) -> str:
     for fact in message["data"]["facts"]:
         if "reason" in fact:  # queued by an earlier version
             fact["text"] = fact["text"].removesuffix(f": {fact.pop('reason')}")
-        found = db.execute("""
-            select exception_reason from groups join apps on apps.id = app_id where name = ? and group_hash = ?
+        reason, = db.execute("""
+            select max(exception_reason) from groups join apps on apps.id = app_id where name = ? and group_hash = ?
             """, (fact.get("app"), fact.get("group_hash"))).fetchone()
-        if found and (reason := _one_line(found[0] or "")):
+        if reason := _one_line(reason or ""):
             fact.update(reason=reason, text=f"{fact['text']}: {reason}")
     return to_json(message)
 
@@ -5614,19 +5604,16 @@ def _symbolicate(symbols: Symbols, report: JsonObject) -> None:
             report["raw_stack_trace"] = frames
 
 
+_NOT_SENT = ("seq", "seq_ahead_ms", "other", "images")  # columns that are the server's own
+_AS_SENT: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("stack_trace", "properties", "extra"), json.loads), "is_charging": bool,
+    **dict.fromkeys(("received_at", "occurred_at"), iso_time)}
+
+
 def as_sent(row: Mapping[str, Any]) -> JsonObject:
     """The report in a row as it was sent, without what was absent."""
-    hidden = ("seq", "seq_ahead_ms", "other", "images")
-    report = {name: value for name, value in row.items() if value is not None and name not in hidden}
-    if not report["clock_ahead_ms"]:
-        del report["clock_ahead_ms"]
-    for name in {"stack_trace", "properties", "extra"} & report.keys():
-        report[name] = json.loads(report[name])
-    for name in ("received_at", "occurred_at"):
-        report[name] = iso_time(report[name])
-    if "is_charging" in report:
-        report["is_charging"] = bool(report["is_charging"])
-    return report
+    return {name: _AS_SENT[name](value) if name in _AS_SENT else value for name, value in row.items()
+            if value is not None and name not in _NOT_SENT and (value or name != "clock_ahead_ms")}
 
 
 def _parse_cursor(cursor: str | None, pattern: str, default: Any) -> Any:

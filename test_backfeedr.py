@@ -5160,10 +5160,13 @@ def test_slack_and_ntfy_get_text_without_markup_from_reports(serve, clock, recei
     ("[x](https://e)", "[x]\u200b(https://e)"), ("![x](https://e)" * 9, "![x]\u200b(https://e)" * 9),
     ("\u20ac" * 500, "\u20ac" * 300), ("\U0001f600" * 900, "\U0001f600" * 300)])
 @pytest.mark.parametrize("facts", [1, 10])
-def test_a_chat_message_has_no_markup_from_reports_and_counts_the_facts_that_do_not_fit(text, shown, facts):
+def test_a_chat_message_has_no_markup_from_reports_and_counts_the_facts_that_do_not_fit(
+        monkeypatch, text, shown, facts):
     body = {"data": {"title": "2 new", "facts": [{"text": text, "url": "https://c/1"}] * facts, "more": 2}}
-    message = {"url": "slack+https://e.com/1", "body": json.dumps(body)}
-    sent = json.loads(backfeedr._slack_request(message, 0)[1])["text"]
+    requests = []
+    monkeypatch.setattr(backfeedr, "post", lambda *request: requests.append(request))
+    backfeedr.CHANNELS["slack+https"]({"url": "slack+https://e.com/1", "body": json.dumps(body)}, 0)
+    sent = json.loads(requests[0][1])["text"]
     lines = sent.splitlines()
     assert len(sent.encode()) < 2000 and (lines[0], lines[1][:len(shown)]) == ("2 new", shown)
     assert lines[1].endswith(" https://c/1") and not re.search(r"[<>]|\]\(|@(?!\u200b)|&(?!lt;|amp;)", sent)
