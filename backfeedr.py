@@ -5632,26 +5632,26 @@ MAX_VERSIONS = 100  # versions that a list names for a group
 MAX_MISSING_BUILDS = 100  # builds without symbols in a list
 SCORED_GROUPS, SHOWN_GROUPS = 20, 5  # groups by crashes, and by devices, that get a score; groups that are shown
 
-_IN_TRIAGE = "(app_id, group_hash) in (select app_id, group_hash from triage where {})"
 STATE_CONDITIONS: dict[str | None, str] = {  # the condition of each `state` by which a list can be filtered
-    None: "1 = 1", "open": """not exists (  -- `not in` takes four times as long
-        select 1 from triage where (app_id, group_hash) = (counts.app_id, counts.group_hash) and state <> 'open')""",
-    "resolved": _IN_TRIAGE.format("state = 'resolved'"), "muted": _IN_TRIAGE.format("state = 'muted'"),
-    "regressed": _IN_TRIAGE.format("state = 'open' and regressed_at is not null"),  # since it was last resolved
-    "new": "(app_id, group_hash) in (select app_id, group_hash from groups where came_at >= :week)"}
+    None: "1 = 1", "open": "coalesce(state, 'open') = 'open'", "resolved": "state = 'resolved'",
+    "muted": "state = 'muted'", "regressed": "state = 'open' and regressed_at is not null",  # since it was last resolved
+    "new": "came_at >= :week"}
 SORT_COLUMNS = {"crashes": "count", "devices": "devices", "last_seen": "last_seen", "first_seen": "first_seen"}
+IN_GROUP = f"{APP_FILTER} and group_hash = :group"
+_HAS_TEXT = "(:text is null or instr(search, :text))"
 _LISTED_WITHOUT_CRASHES = ":state in ('resolved', 'muted', 'regressed')"
 STORED_GROUP_COUNTS = f"""
-    select app_id, group_hash, crashes, devices, last_seen as latest from groups
-    where {APP_FILTER} and (crashes > 0 or {_LISTED_WITHOUT_CRASHES})
-    union all select app_id, group_hash, 0, 0, 0 from triage where {APP_FILTER} and {_LISTED_WITHOUT_CRASHES}"""
+    select app_id, group_hash, crashes, devices, last_seen, came_at from groups
+    where {APP_FILTER} and {_HAS_TEXT} and (crashes > 0 or {_LISTED_WITHOUT_CRASHES})
+    union all select app_id, group_hash, 0, 0, 0, 0 from triage
+    where {APP_FILTER} and :text is null and {_LISTED_WITHOUT_CRASHES}"""
 IS_COUNTED = f"""{RECEIVED_AT} >= :since and (:version is null or substr(app_version, 1, :length) = :version)
         and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)"""  # the crashes that a list counts
 FILTERED_GROUP_COUNTS = f"""
     select known.app_id, known.group_hash, count(*) as crashes, count(distinct device_id_hash) as devices,
-        max({COUNTED_AT}) as latest
-    from (select app_id, group_hash from groups where {APP_FILTER} and last_seen >= :since
-        and (:candidates is null or instr(:candidates, group_hash))) as known
+        max({COUNTED_AT}) as last_seen, min(came_at) as came_at
+    from (select app_id, group_hash, came_at from groups where {APP_FILTER} and last_seen >= :since
+        and {_HAS_TEXT} and (:candidates is null or instr(:candidates, group_hash))) as known
     cross join crashes on crashes.app_id = known.app_id and crashes.group_hash = known.group_hash
     where {IS_COUNTED}
     group by known.app_id, known.group_hash"""
@@ -5663,19 +5663,15 @@ class GroupMetrics(PublicMetrics):
     def news(self, app: str | None = None, limit: int = 50) -> list[JsonObject]:
         """The groups that appeared or regressed last, the latest first; `at` is in milliseconds."""
         with self._snapshot(app) as (db, app_id):
-            return dict_rows(db, f"""
-                select news.what, news.at, news.app_id, apps.name as app, news.group_hash, exception_type,
-                    coalesce(place, '') as place, first_version
-                from (
-                    select 'new' as what, came_at as at, app_id, group_hash from groups
-                    where {APP_FILTER} and group_hash <> :other and crashes > 0  -- else the group has no page
-                    union all select 'regressed', regressed_at, app_id, group_hash from triage
-                    where {APP_FILTER} and regressed_at is not null
-                    order by at desc, what, app_id, group_hash limit :limit) as news
-                join apps on apps.id = news.app_id
-                join groups on groups.app_id = news.app_id and groups.group_hash = news.group_hash
-                order by news.at desc, news.what, news.app_id, news.group_hash
+            rows = dict_rows(db, f"""
+                select 'new' as what, came_at as at, app_id, group_hash from groups
+                where {APP_FILTER} and group_hash <> :other and crashes > 0  -- else the group has no page
+                union all select 'regressed', regressed_at, app_id, group_hash from triage
+                where {APP_FILTER} and regressed_at is not null and exists (
+                    select 1 from groups where app_id = triage.app_id and group_hash = triage.group_hash)
+                order by at desc, what, app_id, group_hash limit :limit
                 """, {"app": app_id, "other": OTHER, "limit": limit})
+            return self._described(db, rows)
 
     def groups(self, app: str | None = None, version: str | None = None, days: int | None = None,
                text: str | None = None, state: str | None = None, sort: str | None = None, limit: int = 50,
@@ -5701,15 +5697,15 @@ class GroupMetrics(PublicMetrics):
                 parameters["candidates"] = self._most_crashing(db, app_id, self._last_days(days), limit + 1)
             rows = dict_rows(db, f"""
                 select * from (
-                    select group_hash, sum(crashes) as count, sum(devices) as devices, max(latest) as last_seen,
+                    select group_hash, sum(crashes) as count, sum(devices) as devices, max(last_seen) as last_seen,
                         coalesce(min(first_at), 0) as first_seen
                     from ({FILTERED_GROUP_COUNTS if version or days else STORED_GROUP_COUNTS}) as counts
+                    left join triage using (app_id, group_hash)
                     left join (  -- read once, and only for this order: a look-up would try all apps for each group
-                        select group_hash as hash, min(first_seen) as first_at from groups
+                        select group_hash, min(first_seen) as first_at from groups
                         where :column = 'first_seen' and {APP_FILTER} group by group_hash) as firsts
-                        on hash = group_hash
-                    where {STATE_CONDITIONS[state]} and (:text is null or (app_id, group_hash) in (
-                        select app_id, group_hash from groups where {APP_FILTER} and instr(search, :text)))
+                        using (group_hash)
+                    where {STATE_CONDITIONS[state]}
                     group by group_hash) as found
                 where {column} < :value or {column} = :value and group_hash > :group
                 order by {column} desc, group_hash
@@ -5734,7 +5730,7 @@ class GroupMetrics(PublicMetrics):
         is_new = (group["came_at"] or 0) >= parameters["week"] if version is None else first == version
         versions = [app_version for app_version, in db.execute(f"""
             select app_version from crashes
-            where {APP_FILTER} and group_hash = :group and app_version is not null and {IS_COUNTED}
+            where {IN_GROUP} and app_version is not null and {IS_COUNTED}
             group by app_version
             order by count(*) desc, app_version
             limit {MAX_VERSIONS}""", parameters)]
@@ -5752,8 +5748,8 @@ class GroupMetrics(PublicMetrics):
                 min(came_at) over () as came_at, first_value(first_version) over (
                     order by coalesce(first_seen, {MAX_NUMBER}), known.app_id) as first_version,
                 coalesce(state, 'open') as state, fixed_in, regressed_at, changed_at
-            from (select app_id from groups where {APP_FILTER} and group_hash = :group
-                union select app_id from triage where {APP_FILTER} and group_hash = :group) as known
+            from (select app_id from groups where {IN_GROUP}
+                union select app_id from triage where {IN_GROUP}) as known
             left join groups on groups.app_id = known.app_id and groups.group_hash = :group
             left join triage on triage.app_id = known.app_id and triage.group_hash = :group
             order by coalesce(crashes, 0) > 0 desc, coalesce(groups.last_seen, 0) desc, known.app_id
@@ -5770,12 +5766,12 @@ class GroupMetrics(PublicMetrics):
                 raise unknown_group_refusal(db, app, group_hash)
             spread = {name: labels_and_counts(db.execute(f"""
                 select {column}, count(*) from crashes
-                where {APP_FILTER} and group_hash = :group and {column} is not null
+                where {IN_GROUP} and {column} is not null
                 group by {column} order by count(*) desc, {column} limit 20""", parameters)) for name, column in (
                     ("versions", "app_version"), ("systems", "os_version"), ("device_models", "device_model"))}
             page = db.execute(f"""
                 select seq, {COUNTED_AT} as at from crashes
-                where {APP_FILTER} and group_hash = :group and ({COUNTED_AT}, seq) < (:at, :seq)
+                where {IN_GROUP} and ({COUNTED_AT}, seq) < (:at, :seq)
                 order by at desc, seq desc limit :limit""", parameters).fetchall()
             history = dict_rows(db, """
                 select at, what, detail from group_history where app_id = ? and group_hash = ? order by at, entry
@@ -5812,27 +5808,25 @@ class GroupMetrics(PublicMetrics):
             first = rows[:SCORED_GROUPS] + by_devices[:SCORED_GROUPS]  # crashes alone say little: one device may loop
             newest = SeenReleases(db, app_id).newest(week)
             for row in first:
-                row.update(self._score(db, {**parameters, **row, "newest": newest.get(row["app_id"])}))
+                row["newest"] = newest.get(row["app_id"])
+                row["devices"], row["of_newest"] = db.execute(f"""
+                    select count(distinct device_id_hash),
+                        count(distinct case when app_version = :newest then device_id_hash end)
+                    from crashes
+                    where app_id = :app_id and group_hash = :group_hash and {RECEIVED_AT} >= :since
+                        and {COUNTED_AT} / {DAY} between :first and :last""", {**parameters, **row}).fetchone()
+                row["score"] = row["of_newest"] * 0.5 ** (max(0, self._store.now - row["last_seen"]) / DAY)
             first.sort(key=itemgetter("score", "devices", "count"), reverse=True)
-            return {"new": self._overview_rows(db, new, since), "new_count": len(new),
-                    "first": self._overview_rows(db, first, since)}
+            shown = {name: [{**_group_json(group), "is_new": group["came_at"] >= since}
+                            for group in self._described(db, groups[:SHOWN_GROUPS])]
+                     for name, groups in (("new", new), ("first", first))}
+        return {**shown, "new_count": len(new)}
 
-    def _overview_rows(self, db: Connection, rows: Sequence[JsonObject], since: int) -> list[JsonObject]:
-        """The first SHOWN_GROUPS of these groups, as the overview shows them."""
+    def _described(self, db: Connection, rows: Sequence[JsonObject]) -> list[JsonObject]:
+        """The summaries of groups of single apps, with the names of these apps."""
         apps = dict(db.execute("select id, name from apps"))
-        groups = [{**self._summary(db, row["app_id"], row["group_hash"]), **row} for row in rows[:SHOWN_GROUPS]]
-        return [{**_group_json(group), "app": apps[group["app_id"]], "is_new": group["came_at"] >= since}
-                for group in groups]
-
-    def _score(self, db: Connection, group: JsonObject) -> JsonObject:
-        devices, of_newest = db.execute(f"""
-            select count(distinct device_id_hash),
-                count(distinct case when app_version = :newest then device_id_hash end)
-            from crashes
-            where app_id = :app_id and group_hash = :group_hash and {RECEIVED_AT} >= :since
-                and {COUNTED_AT} / {DAY} between :first and :last""", group).fetchone()
-        return {"devices": devices, "of_newest": of_newest, "newest": group["newest"],
-                "score": of_newest * 0.5 ** (max(0, self._store.now - group["last_seen"]) / DAY)}
+        return [{**self._summary(db, row["app_id"], row["group_hash"]), "app": apps[row["app_id"]], **row}
+                for row in rows]
 
     def neighbours(self, crash: JsonObject, app: str | None = None) -> tuple[str | None, str | None]:
         """The ids of the crashes before and after this one in its group, or None."""
@@ -5840,7 +5834,7 @@ class GroupMetrics(PublicMetrics):
             parameters = {"app": app_id, "group": crash["group_hash"], "seq": int(crash["id"], 16)}
             rows = [db.execute(f"""
                 select seq from crashes
-                where {APP_FILTER} and group_hash = :group and ({COUNTED_AT}, seq) {comparison} (
+                where {IN_GROUP} and ({COUNTED_AT}, seq) {comparison} (
                     select {COUNTED_AT}, seq from crashes where seq = :seq)
                 order by {COUNTED_AT} {order}, seq {order} limit 1
                 """, parameters).fetchone() for comparison, order in (("<", "desc"), (">", "asc"))]
@@ -5864,25 +5858,22 @@ class GroupMetrics(PublicMetrics):
     def days_of_groups(self, groups: Sequence[str], app: str | None = None, version: str | None = None,
                        days: int = 30) -> JsonObject:
         """The apps of each of these groups, and its crashes on each of the last days, the oldest first."""
-        shown_days = self._last_days(days)
+        shown_days, answer = self._last_days(days), {}
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, **_version_filter(version), "first": shown_days[0], "last": shown_days[-1],
                           "since": shown_days[0] * DAY - MAX_SKEW}
-            return {"labels": list(map(iso_day, shown_days)), "groups": {
-                group_hash: self._days_of_group(db, {**parameters, "group": group_hash}, shown_days)
-                for group_hash in groups}}
-
-    def _days_of_group(self, db: Connection, parameters: JsonObject, shown_days: range) -> JsonObject:
-        counts = dict(db.execute(f"""
-            select {COUNTED_AT} / {DAY} as day, count(*) from crashes
-            where {APP_FILTER} and group_hash = :group and {IS_COUNTED}
-            group by day""", parameters))
-        apps = db.execute(f"""
-            select name from (select id as app_id, name from apps) as app where {APP_FILTER} and (
-                exists (select 1 from crashes where app_id = app.app_id and group_hash = :group)
-                or exists (select 1 from triage where app_id = app.app_id and group_hash = :group))
-            order by name""", parameters).fetchall()
-        return {"days": [counts.get(day, 0) for day in shown_days], "apps": [name for name, in apps]}
+            for group in groups:
+                parameters["group"] = group
+                counts = dict(db.execute(f"""
+                    select {COUNTED_AT} / {DAY} as day, count(*) from crashes where {IN_GROUP} and {IS_COUNTED}
+                    group by day""", parameters))
+                apps = db.execute(f"""
+                    select name from (select id as app_id, name from apps) as app where {APP_FILTER} and (
+                        exists (select 1 from crashes where app_id = app.app_id and group_hash = :group)
+                        or exists (select 1 from triage where app_id = app.app_id and group_hash = :group))
+                    order by name""", parameters).fetchall()
+                answer[group] = {"days": [counts.get(day, 0) for day in shown_days], "apps": [name for name, in apps]}
+        return {"labels": list(map(iso_day, shown_days)), "groups": answer}
 
     def _missing_builds(self, db: Connection, app_id: int | None, group: str | None, limit: int) -> list[JsonObject]:
         """The builds whose symbols are missing, in all groups or in one."""
