@@ -3283,7 +3283,7 @@ def _is_regression(db: Any, decision: Decision, crash: Any) -> bool:
         if has_fix is not None:
             return has_fix
         since = _first_seen(db, app_id, *_split_build(decision.fixed_in), if_never=MAX_NUMBER)
-    return _first_seen(db, app_id, version, build, if_never=0) >= since
+    return bool(_first_seen(db, app_id, version, build, if_never=0) >= since)
 
 
 def _find_reopening(db: Any, now: int, decision: Decision, crashes: list[Any], devices: int) -> tuple[str, Any] | None:
@@ -5158,7 +5158,8 @@ def check_address(url: str) -> None:
             raise StoreError(f"{parts.hostname} needs an address like {_CHAT_ADDRESSES[parts.hostname]}")
         is_url = re.fullmatch("[!-~]+", url) and parts.netloc
         if is_url and parts.scheme not in CHANNELS:
-            return _apprise_sender(url) and None
+            _apprise_sender(url)
+            return
         has_topic = re.fullmatch(r"(/.*)?/[\w-]{1,64}", parts.path + parts.query) or "ntfy" not in parts.scheme
         if is_url and has_topic and parts.hostname and parts.port != 0 and not parts.fragment:
             return
@@ -5634,8 +5635,7 @@ SCORED_GROUPS, SHOWN_GROUPS = 20, 5  # groups by crashes, and by devices, that g
 
 STATE_CONDITIONS: dict[str | None, str] = {  # the condition of each `state` by which a list can be filtered
     None: "1 = 1", "open": "coalesce(state, 'open') = 'open'", "resolved": "state = 'resolved'",
-    "muted": "state = 'muted'", "regressed": "state = 'open' and regressed_at is not null",  # since it was last resolved
-    "new": "came_at >= :week"}
+    "muted": "state = 'muted'", "regressed": "state = 'open' and regressed_at is not null", "new": "came_at >= :week"}
 SORT_COLUMNS = {"crashes": "count", "devices": "devices", "last_seen": "last_seen", "first_seen": "first_seen"}
 IN_GROUP = f"{APP_FILTER} and group_hash = :group"
 _HAS_TEXT = "(:text is null or instr(search, :text))"
