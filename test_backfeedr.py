@@ -5425,11 +5425,10 @@ def test_nothing_of_an_app_is_sent_once_it_is_deleted_even_during_a_delivery(ale
 
 
 def test_a_reason_leaves_the_host_only_if_a_channel_asks_for_it(server, clock, receivers):
-    server.alerts.add(receivers[0].url)
-    server.alerts.add(receivers[1].url, with_reason=True)
-    server.alerts.add("slack+" + receivers[2].url, with_reason=True)
-    _, answer = Api(server).post(CRASHES, {**CRASH, "exception_reason": "Card 4111", "device_id_hash": "d" * 64})
-    note(server, group=answer["group_hash"], device_id_hash="d" * 64, exception_reason="Card 4111", user="me")
+    for receiver, scheme, with_reason in zip(receivers, ("", "", "slack+"), (False, True, True)):
+        server.alerts.add(scheme + receiver.url, with_reason=with_reason)
+    add(server, exception_reason="Card 4111", device_id_hash="d" * 64)
+    note(server, group=ABORTS, device_id_hash="d" * 64, exception_reason="Card 4111", user="me")
     assert deliver_later(server, clock) == {"sent": 3, "failed": 0}
     plain, with_reason, chat = (receiver.requests[0].body for receiver in receivers)
     assert not re.search("4111|dddd|me\"", plain)
@@ -5536,46 +5535,37 @@ def digesting(keeping, clock, receiver):
     return server
 
 
-def new_in_digests(receiver):
-    return [texts[-2] for texts in receiver.facts("text")]
+@pytest.mark.parametrize("steps", [  # crashes by how many hours ago they occurred; seconds; the digest that comes then
+    # one at its hour each day, even after days without a server
+    [({}, 29 * 60, None), ({}, 60, "New: 0"), ({}, 86_399, None), ({}, 1, "New: 0"), ({}, 5 * 86_400 + 60, "New: 0"),
+     ({}, 86_400 - 61, None), ({}, 1, "New: 0")],
+    # a group is new in exactly one, however late its crash or the digest is
+    [({}, 1800, "New: 0"), ({"Old": 30, "Older": 1200, "Fast": -0.08}, 86_407, "New: 3; Fast; Old; Older"),
+     ({"After": 1, "Old": 1}, 86_393, "New: 1; After"), ({}, 172_803, "New: 0"), ({}, 86_397, "New: 0")],
+    # also if its first crashes have expired
+    [({"A": 0}, 172_800, "New: 1; A"), *[({"A": 0}, 172_800, "New: 0")] * 3]])
+def test_a_digest_comes_once_a_day_and_says_which_groups_are_new_since_the_last_one(digesting, clock, receiver, steps):
+    for crashes, seconds, new in steps:
+        for name, hours_ago in crashes.items():
+            add(digesting, exception_type=name, occurred_at=time_text(clock.seconds - hours_ago * 3600))
+        digesting.store.prune()
+        receiver.requests = []
+        assert deliver_later(digesting, clock, seconds) == (ONE_SENT if new else NONE_DUE)
+        assert [texts[-2] for texts in receiver.facts("text")] == [new] * bool(new)
 
 
-def test_a_digest_comes_at_its_hour_each_day_and_says_what_is_new_resolved_and_regressed(digesting, clock, receiver):
+def test_a_digest_says_how_many_crashes_there_were_and_what_is_new_resolved_and_regressed(digesting, clock, receiver):
     for name in "A", "B":
         Api(digesting).post(CRASHES, {**CRASH, "exception_type": name, "app_version": "1.0"})
         set_triage(digesting, {"state": "resolved", "fixed_in": "1.0"}, group_hash(name, []))
     Api(digesting).post(CRASHES, {**CRASH, "exception_type": "B", "app_version": "1.0"})
-    for seconds, number in ((29 * 60, 0), (60, 1), (86399, 0), (1, 1), (5 * 86400 + 60, 1), (86400 - 61, 0), (1, 1)):
-        assert deliver_later(digesting, clock, seconds)["sent"] == number, "one, even after days without a server"
-    assert receiver.facts("text")[:2] == [
+    for seconds in (30 * 60, 86_400):
+        assert deliver_later(digesting, clock, seconds) == ONE_SENT
+    assert receiver.facts("text") == [
         ["Crashes: 0 yesterday, 0 the day before", "New: 2; A; B", "Resolved: 1; regressed: 1"],
         ["Crashes: 3 yesterday, 0 the day before", "New: 0", "Resolved: 0; regressed: 0"]]
-    assert {body["type"] for body in receiver.bodies} == {"digest"}
-    assert receiver.bodies[0]["data"]["title"] == "backfeedr: the last day of all apps"
-
-
-def test_a_group_is_new_in_exactly_one_digest_however_late_its_crash_or_the_digest_is(digesting, clock, receiver):
-    def send(name, hours_ago):
-        Api(digesting).post(CRASHES, {
-            **CRASH, "exception_type": name, "occurred_at": time_text(clock.seconds - hours_ago * 3600)})
-
-    deliver_later(digesting, clock, 30 * 60)  # 15:00
-    for name, hours_ago in (("Old", 30), ("Older", 50 * 24), ("Fast", -0.08)):
-        send(name, hours_ago)
-    deliver_later(digesting, clock, 86400 + 7)
-    for name in ("After", "Old"):
-        send(name, 1)
-    for seconds in (86400 - 7, 2 * 86400 + 3, 86400 - 3):
-        deliver_later(digesting, clock, seconds)
-    assert new_in_digests(receiver) == ["New: 0", "New: 3; Fast; Old; Older", "New: 1; After", "New: 0", "New: 0"]
-
-
-def test_a_group_whose_first_crashes_have_expired_is_not_new_again_in_a_digest(digesting, clock, receiver):
-    for _ in range(4):
-        Api(digesting).post(CRASHES, {**CRASH, "occurred_at": time_text(clock.seconds)})
-        digesting.store.prune()
-        deliver_later(digesting, clock, 2 * 86400)
-    assert new_in_digests(receiver) == ["New: 1; SIGABRT"] + ["New: 0"] * 3
+    assert {(body["type"], body["data"]["title"]) for body in receiver.bodies} == {
+        ("digest", "backfeedr: the last day of all apps")}
 
 
 def test_a_digest_has_the_verdict_on_the_newest_release_of_each_live_app(server, clock):
@@ -5595,14 +5585,13 @@ def test_a_digest_has_the_verdict_on_the_newest_release_of_each_live_app(server,
 
 
 @pytest.mark.parametrize("is_made", [True, False])
-def test_a_digest_names_no_app_that_is_deleted_while_the_digest_is_made_or_waits(serve, clock, receiver, is_made):
-    server, receiver.status = serve(), 503
+def test_a_digest_names_no_app_that_is_deleted_while_the_digest_is_made_or_waits(server, clock, receiver, is_made):
     shop = backfeedr.sha256(server.store.create_app("Shop"))
     server.alerts.add(receiver.url, kinds=["digest"], hour=15)
     for version, key_hash in product(("1.0", "1.1"), (KEY_HASH, shop)):
         send_devices(server, version, 20, 20 * (version == "1.1"), key_hash)
         clock.move(A_DAY / 2)
-    digest = server.alerts._digest
+    digest, receiver.status = server.alerts._digest, 503
     if not is_made:
         server.alerts._digest = lambda *arguments: (digest(*arguments), server.store.delete_app("Shop"))[0]
     assert dict(server.deliver()) == ONE_FAILED
