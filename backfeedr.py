@@ -5638,6 +5638,7 @@ STATE_CONDITIONS: dict[str | None, str] = {  # the condition of each `state` by 
     "muted": "state = 'muted'", "regressed": "state = 'open' and regressed_at is not null", "new": "came_at >= :week"}
 SORT_COLUMNS = {"crashes": "count", "devices": "devices", "last_seen": "last_seen", "first_seen": "first_seen"}
 IN_GROUP = f"{APP_FILTER} and group_hash = :group"
+APPS_OF_GROUP = f"select app_id from groups where {IN_GROUP} union select app_id from triage where {IN_GROUP}"
 _HAS_TEXT = "(:text is null or instr(search, :text))"
 _LISTED_WITHOUT_CRASHES = ":state in ('resolved', 'muted', 'regressed')"
 STORED_GROUP_COUNTS = f"""
@@ -5748,8 +5749,7 @@ class GroupMetrics(PublicMetrics):
                 min(came_at) over () as came_at, first_value(first_version) over (
                     order by coalesce(first_seen, {MAX_NUMBER}), known.app_id) as first_version,
                 coalesce(state, 'open') as state, fixed_in, regressed_at, changed_at
-            from (select app_id from groups where {IN_GROUP}
-                union select app_id from triage where {IN_GROUP}) as known
+            from ({APPS_OF_GROUP}) as known
             left join groups on groups.app_id = known.app_id and groups.group_hash = :group
             left join triage on triage.app_id = known.app_id and triage.group_hash = :group
             order by coalesce(crashes, 0) > 0 desc, coalesce(groups.last_seen, 0) desc, known.app_id
@@ -5867,11 +5867,7 @@ class GroupMetrics(PublicMetrics):
                 counts = dict(db.execute(f"""
                     select {COUNTED_AT} / {DAY} as day, count(*) from crashes where {IN_GROUP} and {IS_COUNTED}
                     group by day""", parameters))
-                apps = db.execute(f"""
-                    select name from (select id as app_id, name from apps) as app where {APP_FILTER} and (
-                        exists (select 1 from crashes where app_id = app.app_id and group_hash = :group)
-                        or exists (select 1 from triage where app_id = app.app_id and group_hash = :group))
-                    order by name""", parameters).fetchall()
+                apps = db.execute(f"select name from apps where id in ({APPS_OF_GROUP}) order by name", parameters)
                 answer[group] = {"days": [counts.get(day, 0) for day in shown_days], "apps": [name for name, in apps]}
         return {"labels": list(map(iso_day, shown_days)), "groups": answer}
 
