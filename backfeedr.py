@@ -3172,71 +3172,59 @@ def _triage_value(name: str, value: Any, now: int) -> Any:
 
 def decide(db: Any, app_id: int, group_hash: str, changes: JsonObject, now: int) -> None:
     """Applies changes from parse_triage to a group. Raises Refusal for a condition that belongs to another state."""
-    before = after = _read_decision(db, app_id, group_hash) or Decision("open", now)
-    state = changes.get("state", before.state)
-    conditions = {}
-    for name, (state_of_condition, column, _) in CONDITIONS.items():
-        if changes.get(name) is not None and state != state_of_condition:
-            raise Refusal(f"invalid {name}", detail=f'it goes with "state": "{state_of_condition}"')
-        if name in changes:
-            conditions[column] = changes[name]
-    if "state" in changes:
-        after = Decision(state, now, regressed_at=None if state == "resolved" else before.regressed_at)
-    if "state" in changes or conditions:
-        after = after._replace(changed_at=now, **conditions)
-        if state != "open" or before.state != "open":
-            texts = [to_text(value) for _, column, to_text in CONDITIONS.values()
-                     if (value := getattr(after, column)) is not None]
-            _add_history(db, app_id, group_hash, now, STATES[state], " or ".join(texts) or None)
-    _write_decision(db, app_id, group_hash, after)
-    if "comment" in changes:
-        _add_history(db, app_id, group_hash, now, "commented", changes["comment"])
-
-
-def _read_decision(db: Any, app_id: int, group_hash: str) -> Decision | None:
     row = db.execute(f"select {', '.join(Decision._fields)} from triage where app_id = ? and group_hash = ?",
                      (app_id, group_hash)).fetchone()
-    return Decision(*row) if row else None
+    before = after = Decision(*row) if row else Decision("open", now)
+    state, history = changes.get("state", before.state), []
+    for name, (state_of_condition, _, _) in CONDITIONS.items():
+        if changes.get(name) is not None and state != state_of_condition:
+            raise Refusal(f"invalid {name}", detail=f'it goes with "state": "{state_of_condition}"')
+    if "state" in changes:
+        after = Decision(state, now, regressed_at=None if state == "resolved" else before.regressed_at)
+    if changes.keys() != {"comment"}:
+        after = after._replace(changed_at=now, **{
+            column: changes[name] for name, (_, column, _) in CONDITIONS.items() if name in changes})
+        texts = [to_text(value) for _, column, to_text in CONDITIONS.values()
+                 if (value := getattr(after, column)) is not None]
+        if (before.state, state) != ("open", "open"):
+            history.append((STATES[state], " or ".join(texts) or None))
+    if "comment" in changes:
+        history.append(("commented", changes["comment"]))
+    _write_decision(db, app_id, group_hash, after, now, history)
 
 
-def _write_decision(db: Any, app_id: int, group_hash: str, decision: Decision) -> None:
+def _write_decision(db: Any, app_id: int, group_hash: str, decision: Decision, now: int,
+                    history: Sequence[tuple[str, str | None]]) -> None:
+    """Writes a decision, adds these entries to the history, and deletes the oldest ones beyond MAX_HISTORY."""
     upsert(db, "triage", [(app_id, group_hash, *decision)], _replacements(Decision._fields))
-
-
-def _add_history(db: Any, app_id: int, group_hash: str, at: int, what: str, detail: str | None) -> None:
-    """Adds an entry, and deletes the oldest one beyond MAX_HISTORY."""
     last, = db.execute("select coalesce(max(entry), 0) from group_history where app_id = ? and group_hash = ?",
                        (app_id, group_hash)).fetchone()
-    db.execute("insert into group_history values (?, ?, ?, ?, ?, ?)", (app_id, group_hash, last + 1, at, what, detail))
-    db.execute("delete from group_history where app_id = ? and group_hash = ? and entry <= ?",
-               (app_id, group_hash, last + 1 - MAX_HISTORY))
-
-
-def move_triage(db: Any, app_id: int, group_hash: str, target: str) -> None:
-    """Moves the decision and the history of a group to the group `target`. The target's own decision has precedence."""
-    in_both, both = "app_id = ? and group_hash in (?, ?)", (app_id, group_hash, target)
-    entries = db.execute(f"select at, what, detail from group_history where {in_both} order by at, group_hash, entry",
-                         both).fetchall()[-MAX_HISTORY:]
-    decision = _read_decision(db, app_id, target) or _read_decision(db, app_id, group_hash)
-    for table in ("group_history", "triage"):
-        db.execute(f"delete from {table} where {in_both}", both)
     write_rows(db, "insert into group_history values *",
-               [(app_id, target, number, *entry) for number, entry in enumerate(entries, 1)])
-    if decision:
-        _write_decision(db, app_id, target, decision)
+               [(app_id, group_hash, number, now, *entry) for number, entry in enumerate(history, last + 1)])
+    db.execute("delete from group_history where app_id = ? and group_hash = ? and entry <= ?",
+               (app_id, group_hash, last + len(history) - MAX_HISTORY))
 
 
 def rename_group(db: Any, app_id: int, group_hash: str, target: str) -> None:
-    """Makes a group without crashes an alias of the group `target`, which gets its decision and its history."""
+    """Makes a group without crashes an alias of the group `target`, which gets its history and, unless it has one of
+    its own, its decision."""
+    names = {"app": app_id, "group": group_hash, "target": target}
     if not db.execute("""
-            select 1 from apps where id = ? and not exists (
-                select 1 from crashes where app_id = apps.id and group_hash = ?)""",
-                      (app_id, group_hash)).fetchone():
+            select 1 from apps where id = :app and not exists (
+                select 1 from crashes where app_id = apps.id and group_hash = :group)""", names).fetchone():
         return
-    db.execute("update group_aliases set target = ? where app_id = ? and target = ?", (target, app_id, group_hash))
-    db.execute("delete from group_aliases where app_id = ? and group_hash = ?", (app_id, target))
-    upsert(db, "group_aliases", [(app_id, group_hash, target)], "target = excluded.target")
-    move_triage(db, app_id, group_hash, target)
+    for statement in (
+            "update group_aliases set target = :target where app_id = :app and target = :group",
+            "delete from group_aliases where app_id = :app and group_hash = :target",
+            """insert into group_aliases values (:app, :group, :target)
+                on conflict (app_id, group_hash) do update set target = excluded.target""",
+            """update group_history set group_hash = :target, entry = entry + (
+                    select coalesce(max(entry), 0) from group_history where app_id = :app and group_hash = :target)
+                where app_id = :app and group_hash = :group""",
+            """update triage set group_hash = :target where app_id = :app and group_hash = :group and not exists (
+                select 1 from triage where app_id = :app and group_hash = :target)""",
+            "delete from triage where app_id = :app and group_hash = :group"):
+        db.execute(statement, names)
 
 
 def unknown_group_refusal(db: Any, app: str | None, group_hash: str) -> Refusal:
@@ -3270,20 +3258,21 @@ def _has_fix(version: str, build: str, fixed_in: str) -> bool | None:
     return key >= fixed_key if key[0] and fixed_key[0] else None
 
 
-def _first_seen(db: Any, app_id: int, version: str, build: str) -> int | None:
-    """When a build, or a version if `build` is "", was first seen in a report; None if never. Events name no build, so
-    the first build that a crash names is taken to be as old as its version."""
+def _first_seen(db: Any, app_id: int, version: str, build: str, if_never: int) -> int:
+    """When a build, or a version if `build` is "", was first seen in a report. Events name no build, so the first build
+    that a crash names is as old as its version. If `if_never` is 0, so is a build beyond MAX_BUILDS_OF_APP."""
     builds = dict(db.execute("select build_number, first_seen from builds where app_id = ? and app_version = ?",
                              (app_id, version)).fetchall())
     first_build = min(filter(None, builds), key=builds.__getitem__, default="")
-    return min(builds.values(), default=None) if build in ("", first_build) else builds.get(build)
+    version_seen: int = min(builds.values(), default=if_never)
+    return version_seen if build in ("", first_build) else builds.get(build, if_never or version_seen)
 
 
 def _is_regression(db: Any, decision: Decision, crash: Any) -> bool:
     """Whether a crash shows that a resolved group is not fixed. An old build that still crashes does not."""
     app_id, build, since = crash.app_id, crash.build_number or "", decision.changed_at + 1
     if not crash.app_version:  # such a crash tells nothing, unless the app has no versions at all
-        return crash.at >= since and not db.execute("select 1 from releases where app_id = ?", (app_id,)).fetchone()
+        return crash.at >= since and not db.execute("select 1 from builds where app_id = ?", (app_id,)).fetchone()
     # The version that was sent: the crash may count under "(other)".
     version, = db.execute("select app_version from crashes where seq = ?", (crash.seq,)).fetchone()
     if decision.fixed_in:
@@ -3291,12 +3280,8 @@ def _is_regression(db: Any, decision: Decision, crash: Any) -> bool:
         has_fix = _has_fix(version_alone, build or build_in_version, decision.fixed_in)
         if has_fix is not None:
             return has_fix
-        since = _first_seen(db, app_id, *_split_build(decision.fixed_in)) or MAX_NUMBER
-    seen = _first_seen(db, app_id, version, build)
-    if seen is None:  # the build is beyond MAX_BUILDS_OF_APP, or its version is not counted
-        seen, = db.execute("select coalesce(max(first_seen), 0) from releases where app_id = ? and app_version = ?",
-                           (app_id, version)).fetchone()
-    return bool(seen >= since)
+        since = _first_seen(db, app_id, *_split_build(decision.fixed_in), if_never=MAX_NUMBER)
+    return bool(_first_seen(db, app_id, version, build, if_never=0) >= since)
 
 
 def _find_reopening(db: Any, now: int, decision: Decision, crashes: list[Any], devices: int) -> tuple[str, Any] | None:
@@ -3304,17 +3289,12 @@ def _find_reopening(db: Any, now: int, decision: Decision, crashes: list[Any], d
     if decision.state == "resolved":  # one crash of each build before the decision, and one after it, are enough
         first_of_build = {(crash.app_version, crash.build_number, crash.at > decision.changed_at): crash
                           for crash in reversed(crashes)}
-        for crash in sorted(first_of_build.values()):
-            if _is_regression(db, decision, crash):
-                return "regressed", crash
-        return None
-    if decision.until is not None and now > decision.until:
-        return "unmuted", crashes[0]
-    if decision.crashes_left is not None and decision.crashes_left <= len(crashes):
-        return "unmuted", crashes[decision.crashes_left - 1]
-    if decision.devices_left is not None and decision.devices_left <= devices:
-        return "unmuted", crashes[-1]
-    return None
+        return next((("regressed", crash) for crash in sorted(first_of_build.values())
+                     if _is_regression(db, decision, crash)), None)
+    until, crashes_left, devices_left = (limit or MAX_NUMBER for limit in decision[3:6])
+    if now > until or crashes_left <= len(crashes):
+        return "unmuted", crashes[0 if now > until else crashes_left - 1]
+    return ("unmuted", crashes[-1]) if devices_left <= devices else None
 
 
 def update_triage(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], are_moved: bool = False) -> None:
@@ -3328,7 +3308,7 @@ def update_triage(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], a
     keys = [(*key, int(devices_of[key] > 0 or (key[0], "group_hash", key[1]) in accepted)) for key in groups]
     keys = [key for key in keys if key[2] or key[:2] not in rollups.known.open_groups]
     rollups.known.open_groups.update(key[:2] for key in keys)
-    for app_id, group_hash, crash_count, device_count, exception_type, place, *triage in rows_of(db, f"""
+    for app_id, group, crash_count, device_count, exception_type, place, *triage in rows_of(db, f"""
             select column1, column2, crashes, devices, exception_type, coalesce(place, ''),
                 {", ".join(Decision._fields)}
             from (values *) as keys
@@ -3336,37 +3316,37 @@ def update_triage(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], a
             cross join groups on groups.app_id = column1 and groups.group_hash = column2
             left join triage on triage.app_id = column1 and triage.group_hash = column2
             where (column3 > 0 or state <> 'open') and (is_test = 0 or coalesce(state, 'open') = 'open')""", keys):
-        decision, stored, new_devices = Decision(*triage), groups[app_id, group_hash], devices_of[app_id, group_hash]
+        decision, stored, new_devices = Decision(*triage), groups[app_id, group], devices_of[app_id, group]
+        facts = [("new", stored[0])] * (not decision.state and (app_id, "group_hash", group) in accepted)
         if decision.state in ("resolved", "muted"):
-            rollups.known.open_groups.discard((app_id, group_hash))
-        facts = []
-        if decision.state == "resolved" or decision.state == "muted" and not are_moved:
-            reopening = _find_reopening(db, now, decision, stored, new_devices)
-            if not reopening:
-                if decision.crashes_left or decision.devices_left:
-                    db.execute("""
-                        update triage set crashes_left = crashes_left - ?, devices_left = devices_left - ?
-                        where app_id = ? and group_hash = ?""", (len(stored), new_devices, app_id, group_hash))
+            rollups.known.open_groups.discard((app_id, group))
+            if are_moved and decision.state == "muted" or not (
+                    facts := _reopen(db, now, decision, stored, new_devices)):
                 continue
-            _reopen(db, now, decision, *reopening)
-            facts.append(reopening)
-        elif not decision.state and (app_id, "group_hash", group_hash) in accepted:
-            facts.append(("new", stored[0]))
-        has_spread = any(device_count - new_devices < bound <= device_count for bound in SPREAD_BOUNDS)
-        if has_spread and group_hash != OTHER and not are_moved:
+        if group != OTHER and not are_moved and any(
+                device_count - new_devices < bound <= device_count for bound in SPREAD_BOUNDS):
             facts.append(("spread", stored[-1]))
         for what, crash in facts:
-            note_fact(db, "crash." + what, app_id, now, group_hash, exception_type=exception_type, place=place,
+            note_fact(db, "crash." + what, app_id, now, group, exception_type=exception_type, place=place,
                       app_version=crash.app_version, build_number=crash.build_number, crashes=crash_count,
                       devices=device_count, fixed_in=decision.fixed_in if what == "regressed" else None)
 
 
-def _reopen(db: Any, now: int, decision: Decision, what: str, crash: Any) -> None:
-    """Opens a group again, and names in its history the crash that did it."""
-    after = Decision("open", now, decision.fixed_in, regressed_at=now if what == "regressed" else decision.regressed_at)
-    _write_decision(db, crash.app_id, crash.group_hash, after)
+def _reopen(db: Any, now: int, decision: Decision, crashes: list[Any], new_devices: int) -> list[tuple[str, Any]]:
+    """Opens a group again, and returns the fact; or counts the crashes for the end of the mute, and returns none."""
+    app_id, group = crashes[0].app_id, crashes[0].group_hash
+    reopening = _find_reopening(db, now, decision, crashes, new_devices)
+    if not reopening:
+        if decision.crashes_left or decision.devices_left:
+            db.execute("""
+                update triage set crashes_left = crashes_left - ?, devices_left = devices_left - ?
+                where app_id = ? and group_hash = ?""", (len(crashes), new_devices, app_id, group))
+        return []
+    what, crash = reopening
     version = f" in {with_build(crash.app_version, crash.build_number)}" if crash.app_version else ""
-    _add_history(db, crash.app_id, crash.group_hash, now, what, f"crash {crash_id(crash.seq)}{version}")
+    after = Decision("open", now, decision.fixed_in, regressed_at=now if what == "regressed" else decision.regressed_at)
+    _write_decision(db, app_id, group, after, now, [(what, f"crash {crash_id(crash.seq)}{version}")])
+    return [reopening]
 
 
 def note_fact(db: Any, kind: str, app_id: int, at: int, group_hash: str | None, **detail: Any) -> None:
@@ -5038,7 +5018,7 @@ def file_warnings(path: Path, max_db_size: int) -> list[str]:
 
 
 # == Channels ==================================================================
-# Where alerts are sent. A kind of channel is a function that turns a message into an HTTP request.
+# Where alerts are sent. A kind of channel is a function that sends a message there, or raises DeliveryError.
 
 CHAT_BYTES = 1800  # of a chat message: Discord takes 2,000 characters, ntfy 4,096 bytes
 FACT_LENGTH = 300  # characters of a fact in a chat message
@@ -5058,66 +5038,57 @@ class DeliveryError(StoreError):
 
 
 Message = JsonObject  # id, channel_id, body (JSON) and tries of a message; url, secret and with_reason of its channel
-PostRequest = tuple[str, bytes, dict[str, str]]  # address, body and headers
 
 
-def _webhook_request(message: Message, now: int) -> PostRequest:
-    """A request that is signed according to https://www.standardwebhooks.com."""
+def _send_to_webhook(message: Message, now: int) -> None:
+    """Signs a message according to https://www.standardwebhooks.com."""
     timestamp, key = str(now // SECOND), base64.b64decode(message["secret"][len("whsec_"):])
     signature = hmac.new(key, f"{message['id']}.{timestamp}.{message['body']}".encode(), hashlib.sha256).digest()
-    return message["url"], message["body"].encode(), {
+    post(message["url"], message["body"], {
         "webhook-id": message["id"], "webhook-timestamp": timestamp,
-        "webhook-signature": "v1," + base64.b64encode(signature).decode()}
+        "webhook-signature": "v1," + base64.b64encode(signature).decode()})
 
 
-def _slack_request(message: Message, now: int) -> PostRequest:
-    """A request for Slack, for Mattermost, or for Discord at an address that ends with /slack."""
+def _send_to_slack(message: Message, now: int) -> None:
+    """Sends to Slack, to Mattermost, or to Discord at an address that ends with /slack."""
     text = "\n".join(message_lines(message, True, _MARKUP_ESCAPES))
-    return message["url"].partition("+")[2], to_json({"text": text}).encode(), {}
+    post(message["url"].partition("+")[2], to_json({"text": text}), {})
 
 
-def _ntfy_request(message: Message, now: int) -> PostRequest:
-    """A request in JSON, because a header cannot carry every title."""
+def _send_to_ntfy(message: Message, now: int) -> None:
+    """Sends JSON, because a header cannot carry every title."""
     url, _, topic = message["url"].partition("+")[2].rpartition("/")
     title, *lines = message_lines(message, False, {})
     link = json.loads(message["body"])["data"].get("url")
-    return url + "/", to_json({"topic": topic, "title": title, "message": "\n".join(lines),
-                               **({"click": link} if link else {})}).encode(), {}
+    post(url + "/", to_json({"topic": topic, "title": title, "message": "\n".join(lines),
+                             **({"click": link} if link else {})}), {})
 
 
-CHANNELS: dict[str, Callable[[Message, int], PostRequest]] = {  # by the scheme of the address
-    "https": _webhook_request, "http": _webhook_request, "slack+https": _slack_request, "slack+http": _slack_request,
-    "ntfy+https": _ntfy_request, "ntfy+http": _ntfy_request}
-
-
-def message_lines(message: Message, with_links: bool, escapes: Mapping[int, str]) -> list[str]:
-    """The title of a message, a line for each fact as far as they fit, and the number of others. `escapes` maps the
-    characters that are markup in the channel to what replaces them."""
-    data, lines, size = json.loads(message["body"])["data"], [], 0
-    for fact in data["facts"]:
-        link = fact.get("url", "") if with_links else ""
-        line = f"{fact['text'][:FACT_LENGTH]} {link}".rstrip().translate(escapes)
-        size += len(line.encode()) + 1
-        if size > CHAT_BYTES:
-            break
-        lines.append(line)
-    more = data["more"] + len(data["facts"]) - len(lines)
-    return [data["title"].translate(escapes), *lines, *([f"and {more:,} more"] if more else [])]
-
-
-def send(message: Message, now: int) -> None:
-    """Sends a message to its channel. Raises DeliveryError."""
-    make_request = CHANNELS.get(urlsplit(message["url"]).scheme)
-    if make_request:
-        post(*make_request(message, now))
-        return
+def _send_by_apprise(message: Message, now: int) -> None:
     title, *lines = message_lines(message, True, {})
     if not _apprise_sender(message["url"]).notify(title=title, body="\n".join(lines)):
         raise DeliveryError("Apprise could not send it")
 
 
-def post(url: str, body: bytes, headers: Mapping[str, str]) -> None:
-    """Sends a request. Raises DeliveryError unless the answer is a 2xx; redirects are not followed."""
+CHANNELS: dict[str, Callable[[Message, int], None]] = {  # by the scheme of the address; Apprise knows all others
+    "https": _send_to_webhook, "http": _send_to_webhook, "slack+https": _send_to_slack, "slack+http": _send_to_slack,
+    "ntfy+https": _send_to_ntfy, "ntfy+http": _send_to_ntfy}
+
+
+def message_lines(message: Message, with_links: bool, escapes: Mapping[int, str]) -> list[str]:
+    """The title of a message, a line for each fact as far as they fit, and the number of others. `escapes` maps the
+    characters that are markup in the channel to what replaces them."""
+    data = json.loads(message["body"])["data"]
+    lines = [f"{fact['text'][:FACT_LENGTH]} {fact.get('url', '') if with_links else ''}".rstrip().translate(escapes)
+             for fact in data["facts"]]
+    sizes = accumulate(len(line.encode()) + 1 for line in lines)
+    shown = [line for line, size in zip(lines, sizes) if size <= CHAT_BYTES]
+    more = data["more"] + len(lines) - len(shown)
+    return [data["title"].translate(escapes), *shown, *([f"and {more:,} more"] if more else [])]
+
+
+def post(url: str, body: str, headers: Mapping[str, str]) -> None:
+    """Sends JSON. Raises DeliveryError unless the answer is a 2xx; redirects are not followed."""
     parts, started = urlsplit(url), time.monotonic()
     headers = {"Content-Type": "application/json", "User-Agent": f"backfeedr/{__version__}", **headers}
     if parts.username is not None:
@@ -5130,7 +5101,7 @@ def post(url: str, body: bytes, headers: Mapping[str, str]) -> None:
     deadline.daemon = True
     deadline.start()
     try:
-        connection.request("POST", target, body, headers)
+        connection.request("POST", target, body.encode(), headers)
         with connection.getresponse() as answer:  # else it keeps the socket open
             pass
     except (OSError, HTTPException, ValueError) as error:
@@ -5177,19 +5148,19 @@ _CHAT_ADDRESSES = {"hooks.slack.com": "slack+https://hooks.slack.com/...", "ntfy
                    **dict.fromkeys(("discord.com", "discordapp.com"), "slack+https://discord.com/.../slack")}
 
 
-def check_address(url: str) -> str:
-    """The scheme of a channel's address. Raises StoreError if nothing can be sent there."""
+def check_address(url: str) -> None:
+    """Raises StoreError if nothing can be sent to an address."""
     with suppress(ValueError):  # from urlsplit() or .port
         parts = urlsplit(url)
-        is_url = bool(re.fullmatch("[!-~]+", url) and parts.netloc)
         if parts.scheme in ("https", "http") and parts.hostname in _CHAT_ADDRESSES:
             raise StoreError(f"{parts.hostname} needs an address like {_CHAT_ADDRESSES[parts.hostname]}")
+        is_url = re.fullmatch("[!-~]+", url) and parts.netloc
         if is_url and parts.scheme not in CHANNELS:
             _apprise_sender(url)
-            return parts.scheme
+            return
         has_topic = re.fullmatch(r"(/.*)?/[\w-]{1,64}", parts.path + parts.query) or "ntfy" not in parts.scheme
         if is_url and has_topic and parts.hostname and parts.port != 0 and not parts.fragment:
-            return parts.scheme
+            return
     raise StoreError("a channel's address is like https://example.com/hook or ntfy+https://ntfy.sh/TOPIC, and has no"
                      " spaces")
 
@@ -5236,7 +5207,8 @@ class Alerts:
         kinds = list(dict.fromkeys(kinds)) or [kind for kind, is_on in FACT_KINDS.items() if is_on]
         if unknown := [kind for kind in kinds if kind not in FACT_KINDS]:
             raise StoreError(f"there is no fact {unknown[0]!r}; there are {', '.join(FACT_KINDS)}")
-        is_signed, now = check_address(url) in ("https", "http"), self._store.now
+        check_address(url)
+        is_signed, now = CHANNELS.get(urlsplit(url).scheme) is _send_to_webhook, self._store.now
         secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode() if is_signed else ""
         digest_at = now - (now - hour * HOUR) % DAY + DAY if "digest" in kinds else None  # the next such hour
         with self._store.writing() as db:
@@ -5268,67 +5240,67 @@ class Alerts:
             channels = dict_rows(db, "select id as channel_id, url, secret from channels where id = ?", (id,))
         if not channels:
             raise StoreError(f"there is no channel {id}: see 'alert list'")
-        body = self._message_body("test", "backfeedr: a test", [
-            {"type": "test", "text": f"This is a test of channel {id}."}])
-        if error := self._attempt({**channels[0], "id": "msg_" + secrets.token_hex(12), "body": body, "tries": 0}):
+        facts = [{"type": "test", "text": f"This is a test of channel {id}."}]
+        if error := self._attempt({**channels[0], **self._message(id, "test", "backfeedr: a test", facts)}):
             raise StoreError(f"channel {id}: {error}")
 
     # Messages
 
-    def _message_body(self, kind: str, title: str, facts: Sequence[JsonObject], more: int = 0) -> str:
+    def _message(self, channel_id: int, kind: str, title: str, facts: Sequence[JsonObject], more: int = 0) -> Message:
         link = facts[0].get("url") if len(facts) == 1 else self._public_url and self._public_url + "/crashes"
-        return to_json({"type": kind, "timestamp": iso_time(self._store.now), "data": {
-            "title": title, "facts": facts, "more": more, **({"url": link} if link else {})}})
+        return {"id": "msg_" + secrets.token_hex(12), "channel_id": channel_id, "tries": 0, "body": to_json({
+            "type": kind, "timestamp": iso_time(self._store.now), "data": {
+                "title": title, "facts": facts, "more": more, **({"url": link} if link else {})}})}
 
-    def _queue(self, db: Connection, channel_id: int, body: str) -> None:
-        now = self._store.now
-        db.execute("insert into messages (id, channel_id, created_at, body, due_at) values (?, ?, ?, ?, ?)",
-                   ("msg_" + secrets.token_hex(12), channel_id, now, body, now))
+    def _queue(self, db: Connection, message: Message) -> None:
+        db.execute("""
+            insert into messages (id, channel_id, created_at, body, due_at) values (:id, :channel_id, :now, :body, :now)
+            """, {**message, "now": self._store.now})
 
     def _queue_messages(self) -> None:
-        """Makes messages of the facts that have waited for a minute, and of the digests that are due. A channel gets no
-        more messages for facts while MAX_HOURLY_MESSAGES are under an hour old or wait for a receiver that is down."""
+        """Makes messages of the digests that are due, and of the facts that have waited for a minute."""
         now = self._store.now
-        with self._store.reading() as db:
+        with self._store.reading() as db:  # reads first, because a write keeps others waiting
             channels = dict_rows(db, """
-                select channels.*, name as app, case
-                    when exists (select 1 from facts where id > last_fact and at not between :since and :now) then (
-                        select count(*) from messages  -- due_at = taken_until if only this message was refused
-                        where channel_id = channels.id and (created_at > :hour or due_at > taken_until)
-                    ) else :most end as messages  -- counted only if there are facts: that reads whole messages
+                select channels.*, name as app, exists (
+                    select 1 from facts where id > last_fact and at not between :since and :now) as has_facts
                 from channels left join apps on apps.id = app_id
                 where ended_at is null order by channels.id
-                """, {"since": now - FACT_DELAY + 1, "now": now, "hour": now - HOUR,  # at > now: a clock was set back
-                      "most": MAX_HOURLY_MESSAGES})
+                """, {"since": now - FACT_DELAY + 1, "now": now})  # at > now: a clock was set back
         for channel in channels:
             if channel["digest_at"] is not None and channel["digest_at"] <= now:
                 self._queue_digest(channel)
-            if channel["messages"] < MAX_HOURLY_MESSAGES:
+            if channel["has_facts"]:
                 self._queue_facts(channel)
 
     def _queue_digest(self, channel: JsonObject) -> None:
         """Makes a digest that begins where the last one ended, so that no moment is left out or repeated."""
-        due_at, app = channel["digest_at"], channel["app"]
+        id, due_at, app = channel["id"], channel["digest_at"], channel["app"]
         next_due_at = due_at + DAY * (1 + (self._store.now - due_at) // DAY)
         digest = self._digest(app, due_at - DAY, next_due_at - DAY)
         with self._store.writing() as db:
             apps = {None, *(name for name, in db.execute("select name from apps"))}  # one may have been deleted
             facts = [{"type": "digest", **fact} for fact in digest if fact.get("app") in apps]
             if db.execute("update channels set digest_at = ? where id = ? and digest_at = ?",
-                          (next_due_at, channel["id"], due_at)).rowcount:
-                title = f"backfeedr: the last day of {app or 'all apps'}"
-                self._queue(db, channel["id"], self._message_body("digest", title, facts))
+                          (next_due_at, id, due_at)).rowcount:  # 0 if another process was first
+                self._queue(db, self._message(id, "digest", f"backfeedr: the last day of {app or 'all apps'}", facts))
 
     def _queue_facts(self, channel: JsonObject) -> None:
-        """Makes a message of a channel's facts, unless the oldest is less than a minute old."""
+        """Makes a message of a channel's facts, unless the oldest is less than a minute old. They wait while the
+        channel has MAX_HOURLY_MESSAGES that are under an hour old or wait for a receiver that is down."""
+        now = self._store.now
         with self._store.writing() as db:  # waits for other commits, so no fact with a lower id can come later
+            messages, = db.execute("""
+                select count(*) from messages  -- due_at = taken_until if only this message was refused
+                where channel_id = ? and (created_at > ? or due_at > taken_until)""",
+                                   (channel["id"], now - HOUR)).fetchone()
             rows = dict_rows(db, """
                 select facts.id, kind, at, name as app, group_hash, detail from facts join apps on apps.id = app_id
                 where facts.id > :last_fact and (app_id = :app_id or :app_id is null and is_test = 0)
                     and instr(',' || :kinds || ',', ',' || kind || ',')
                 order by row_number() over (partition by app_id order by facts.id), facts.id  -- so no app hides another
                 """, channel)
-            if rows and self._store.now - FACT_DELAY < rows[0]["at"] <= self._store.now:
+            if messages >= MAX_HOURLY_MESSAGES or rows and now - FACT_DELAY < rows[0]["at"] <= now:
                 return
             is_first = db.execute("""
                 update channels set last_fact = (select coalesce(max(id), last_fact) from facts)
@@ -5337,8 +5309,7 @@ class Alerts:
                 facts = list(map(self._fact_json, sorted(rows[:MAX_FACTS], key=itemgetter("id"))))
                 counts = Counter(row["kind"].rpartition(".")[2] for row in rows)
                 title = "backfeedr: " + ", ".join(f"{count:,} {word}" for word, count in counts.items())
-                body = self._message_body(rows[0]["kind"], title, facts, len(rows) - len(facts))
-                self._queue(db, channel["id"], body)
+                self._queue(db, self._message(channel["id"], rows[0]["kind"], title, facts, len(rows) - len(facts)))
             db.execute("delete from facts where id <= (select min(last_fact) from channels where ended_at is null)")
 
     def _fact_json(self, row: JsonObject) -> JsonObject:
@@ -5388,7 +5359,7 @@ class Alerts:
         """Sends a message and records what came of it. Returns the error, if there was one."""
         error = None
         try:
-            send(message, self._store.now)
+            CHANNELS.get(urlsplit(message["url"]).scheme, _send_by_apprise)(message, self._store.now)
         except DeliveryError as failure:
             error = failure
         except Exception as unexpected:  # must not hold up other channels; its text may contain the address
@@ -5400,24 +5371,24 @@ class Alerts:
 
     def _record(self, message: Message, error: DeliveryError | None) -> None:
         """Records the outcome of a try, and when the next one is due. The status 410 ends the channel."""
-        now, tries, channel_id, due_at, taken_until = self._store.now, message["tries"], message["channel_id"], None, 0
+        now, tries, due_at, taken_until = self._store.now, message["tries"], None, 0
+        has_ended = error is not None and error.status == 410
         if error and tries < len(RETRY_SECONDS):
             due_at = now + max(RETRY_SECONDS[tries] * SECOND, error.retry_after)
-            taken_until = 0 if error.is_receiver_down else due_at  # so _queue_messages knows what waits for a receiver
+            taken_until = 0 if error.is_receiver_down else due_at  # so _queue_facts knows what waits for a receiver
         with self._store.writing(shared=True) as db:  # the channel first, so that two hosts do not deadlock
-            if error:
-                db.execute("update channels set error = ?, error_at = ? where id = ?", (str(error), now, channel_id))
-            else:
-                db.execute("update channels set error = null, error_at = null, sent_at = ? where id = ?",
-                           (now, channel_id))
+            db.execute("""
+                update channels set error = ?, error_at = ?, sent_at = coalesce(?, sent_at),
+                    ended_at = coalesce(?, ended_at)
+                where id = ?""", (error and str(error), now if error else None, None if error else now,
+                                  now if has_ended else None, message["channel_id"]))
             db.execute("""
                 update messages set due_at = :due, taken_until = :taken,
                     body = case when :due is null then '' else body end
                 where id = :id and due_at is not null  -- null: another process sent it, or its app was deleted
                 """, {"due": due_at, "taken": taken_until, "id": message["id"]})
-            if error and error.status == 410:
-                db.execute("update channels set ended_at = ? where id = ?", (now, channel_id))
-                db.execute("delete from messages where channel_id = ?", (channel_id,))
+            if has_ended:
+                db.execute("delete from messages where channel_id = ?", (message["channel_id"],))
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -5452,10 +5423,10 @@ def _with_reasons(db: Connection, body: str) -> str:
     for fact in message["data"]["facts"]:
         if "reason" in fact:  # queued by an earlier version
             fact["text"] = fact["text"].removesuffix(f": {fact.pop('reason')}")
-        found = db.execute("""
-            select exception_reason from groups join apps on apps.id = app_id where name = ? and group_hash = ?
+        reason, = db.execute("""
+            select max(exception_reason) from groups join apps on apps.id = app_id where name = ? and group_hash = ?
             """, (fact.get("app"), fact.get("group_hash"))).fetchone()
-        if found and (reason := _one_line(found[0] or "")):
+        if reason := _one_line(reason or ""):
             fact.update(reason=reason, text=f"{fact['text']}: {reason}")
     return to_json(message)
 
@@ -5632,19 +5603,16 @@ def _symbolicate(symbols: Symbols, report: JsonObject) -> None:
             report["raw_stack_trace"] = frames
 
 
+_NOT_SENT = ("seq", "seq_ahead_ms", "other", "images")  # columns that are the server's own
+_AS_SENT: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("stack_trace", "properties", "extra"), json.loads), "is_charging": bool,
+    **dict.fromkeys(("received_at", "occurred_at"), iso_time)}
+
+
 def as_sent(row: Mapping[str, Any]) -> JsonObject:
     """The report in a row as it was sent, without what was absent."""
-    hidden = ("seq", "seq_ahead_ms", "other", "images")
-    report = {name: value for name, value in row.items() if value is not None and name not in hidden}
-    if not report["clock_ahead_ms"]:
-        del report["clock_ahead_ms"]
-    for name in {"stack_trace", "properties", "extra"} & report.keys():
-        report[name] = json.loads(report[name])
-    for name in ("received_at", "occurred_at"):
-        report[name] = iso_time(report[name])
-    if "is_charging" in report:
-        report["is_charging"] = bool(report["is_charging"])
-    return report
+    return {name: _AS_SENT[name](value) if name in _AS_SENT else value for name, value in row.items()
+            if value is not None and name not in _NOT_SENT and (value or name != "clock_ahead_ms")}
 
 
 def _parse_cursor(cursor: str | None, pattern: str, default: Any) -> Any:
@@ -5663,26 +5631,26 @@ MAX_VERSIONS = 100  # versions that a list names for a group
 MAX_MISSING_BUILDS = 100  # builds without symbols in a list
 SCORED_GROUPS, SHOWN_GROUPS = 20, 5  # groups by crashes, and by devices, that get a score; groups that are shown
 
-_IN_TRIAGE = "(app_id, group_hash) in (select app_id, group_hash from triage where {})"
 STATE_CONDITIONS: dict[str | None, str] = {  # the condition of each `state` by which a list can be filtered
-    None: "1 = 1", "open": """not exists (  -- `not in` takes four times as long
-        select 1 from triage where (app_id, group_hash) = (counts.app_id, counts.group_hash) and state <> 'open')""",
-    "resolved": _IN_TRIAGE.format("state = 'resolved'"), "muted": _IN_TRIAGE.format("state = 'muted'"),
-    "regressed": _IN_TRIAGE.format("state = 'open' and regressed_at is not null"),  # since it was last resolved
-    "new": "(app_id, group_hash) in (select app_id, group_hash from groups where came_at >= :week)"}
+    None: "1 = 1", "open": "coalesce(state, 'open') = 'open'", "resolved": "state = 'resolved'",
+    "muted": "state = 'muted'", "regressed": "state = 'open' and regressed_at is not null", "new": "came_at >= :week"}
 SORT_COLUMNS = {"crashes": "count", "devices": "devices", "last_seen": "last_seen", "first_seen": "first_seen"}
+IN_GROUP = f"{APP_FILTER} and group_hash = :group"
+APPS_OF_GROUP = f"select app_id from groups where {IN_GROUP} union select app_id from triage where {IN_GROUP}"
+_HAS_TEXT = "(:text is null or instr(search, :text))"
 _LISTED_WITHOUT_CRASHES = ":state in ('resolved', 'muted', 'regressed')"
 STORED_GROUP_COUNTS = f"""
-    select app_id, group_hash, crashes, devices, last_seen as latest from groups
-    where {APP_FILTER} and (crashes > 0 or {_LISTED_WITHOUT_CRASHES})
-    union all select app_id, group_hash, 0, 0, 0 from triage where {APP_FILTER} and {_LISTED_WITHOUT_CRASHES}"""
+    select app_id, group_hash, crashes, devices, last_seen, came_at from groups
+    where {APP_FILTER} and {_HAS_TEXT} and (crashes > 0 or {_LISTED_WITHOUT_CRASHES})
+    union all select app_id, group_hash, 0, 0, 0, 0 from triage
+    where {APP_FILTER} and :text is null and {_LISTED_WITHOUT_CRASHES}"""
 IS_COUNTED = f"""{RECEIVED_AT} >= :since and (:version is null or substr(app_version, 1, :length) = :version)
         and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)"""  # the crashes that a list counts
 FILTERED_GROUP_COUNTS = f"""
     select known.app_id, known.group_hash, count(*) as crashes, count(distinct device_id_hash) as devices,
-        max({COUNTED_AT}) as latest
-    from (select app_id, group_hash from groups where {APP_FILTER} and last_seen >= :since
-        and (:candidates is null or instr(:candidates, group_hash))) as known
+        max({COUNTED_AT}) as last_seen, min(came_at) as came_at
+    from (select app_id, group_hash, came_at from groups where {APP_FILTER} and last_seen >= :since
+        and {_HAS_TEXT} and (:candidates is null or instr(:candidates, group_hash))) as known
     cross join crashes on crashes.app_id = known.app_id and crashes.group_hash = known.group_hash
     where {IS_COUNTED}
     group by known.app_id, known.group_hash"""
@@ -5694,19 +5662,15 @@ class GroupMetrics(PublicMetrics):
     def news(self, app: str | None = None, limit: int = 50) -> list[JsonObject]:
         """The groups that appeared or regressed last, the latest first; `at` is in milliseconds."""
         with self._snapshot(app) as (db, app_id):
-            return dict_rows(db, f"""
-                select news.what, news.at, news.app_id, apps.name as app, news.group_hash, exception_type,
-                    coalesce(place, '') as place, first_version
-                from (
-                    select 'new' as what, came_at as at, app_id, group_hash from groups
-                    where {APP_FILTER} and group_hash <> :other and crashes > 0  -- else the group has no page
-                    union all select 'regressed', regressed_at, app_id, group_hash from triage
-                    where {APP_FILTER} and regressed_at is not null
-                    order by at desc, what, app_id, group_hash limit :limit) as news
-                join apps on apps.id = news.app_id
-                join groups on groups.app_id = news.app_id and groups.group_hash = news.group_hash
-                order by news.at desc, news.what, news.app_id, news.group_hash
+            rows = dict_rows(db, f"""
+                select 'new' as what, came_at as at, app_id, group_hash from groups
+                where {APP_FILTER} and group_hash <> :other and crashes > 0  -- else the group has no page
+                union all select 'regressed', regressed_at, app_id, group_hash from triage
+                where {APP_FILTER} and regressed_at is not null and exists (
+                    select 1 from groups where app_id = triage.app_id and group_hash = triage.group_hash)
+                order by at desc, what, app_id, group_hash limit :limit
                 """, {"app": app_id, "other": OTHER, "limit": limit})
+            return self._described(db, rows)
 
     def groups(self, app: str | None = None, version: str | None = None, days: int | None = None,
                text: str | None = None, state: str | None = None, sort: str | None = None, limit: int = 50,
@@ -5732,15 +5696,15 @@ class GroupMetrics(PublicMetrics):
                 parameters["candidates"] = self._most_crashing(db, app_id, self._last_days(days), limit + 1)
             rows = dict_rows(db, f"""
                 select * from (
-                    select group_hash, sum(crashes) as count, sum(devices) as devices, max(latest) as last_seen,
+                    select group_hash, sum(crashes) as count, sum(devices) as devices, max(last_seen) as last_seen,
                         coalesce(min(first_at), 0) as first_seen
                     from ({FILTERED_GROUP_COUNTS if version or days else STORED_GROUP_COUNTS}) as counts
+                    left join triage using (app_id, group_hash)
                     left join (  -- read once, and only for this order: a look-up would try all apps for each group
-                        select group_hash as hash, min(first_seen) as first_at from groups
+                        select group_hash, min(first_seen) as first_at from groups
                         where :column = 'first_seen' and {APP_FILTER} group by group_hash) as firsts
-                        on hash = group_hash
-                    where {STATE_CONDITIONS[state]} and (:text is null or (app_id, group_hash) in (
-                        select app_id, group_hash from groups where {APP_FILTER} and instr(search, :text)))
+                        using (group_hash)
+                    where {STATE_CONDITIONS[state]}
                     group by group_hash) as found
                 where {column} < :value or {column} = :value and group_hash > :group
                 order by {column} desc, group_hash
@@ -5765,7 +5729,7 @@ class GroupMetrics(PublicMetrics):
         is_new = (group["came_at"] or 0) >= parameters["week"] if version is None else first == version
         versions = [app_version for app_version, in db.execute(f"""
             select app_version from crashes
-            where {APP_FILTER} and group_hash = :group and app_version is not null and {IS_COUNTED}
+            where {IN_GROUP} and app_version is not null and {IS_COUNTED}
             group by app_version
             order by count(*) desc, app_version
             limit {MAX_VERSIONS}""", parameters)]
@@ -5783,8 +5747,7 @@ class GroupMetrics(PublicMetrics):
                 min(came_at) over () as came_at, first_value(first_version) over (
                     order by coalesce(first_seen, {MAX_NUMBER}), known.app_id) as first_version,
                 coalesce(state, 'open') as state, fixed_in, regressed_at, changed_at
-            from (select app_id from groups where {APP_FILTER} and group_hash = :group
-                union select app_id from triage where {APP_FILTER} and group_hash = :group) as known
+            from ({APPS_OF_GROUP}) as known
             left join groups on groups.app_id = known.app_id and groups.group_hash = :group
             left join triage on triage.app_id = known.app_id and triage.group_hash = :group
             order by coalesce(crashes, 0) > 0 desc, coalesce(groups.last_seen, 0) desc, known.app_id
@@ -5801,15 +5764,15 @@ class GroupMetrics(PublicMetrics):
                 raise unknown_group_refusal(db, app, group_hash)
             spread = {name: labels_and_counts(db.execute(f"""
                 select {column}, count(*) from crashes
-                where {APP_FILTER} and group_hash = :group and {column} is not null
+                where {IN_GROUP} and {column} is not null
                 group by {column} order by count(*) desc, {column} limit 20""", parameters)) for name, column in (
                     ("versions", "app_version"), ("systems", "os_version"), ("device_models", "device_model"))}
             page = db.execute(f"""
                 select seq, {COUNTED_AT} as at from crashes
-                where {APP_FILTER} and group_hash = :group and ({COUNTED_AT}, seq) < (:at, :seq)
+                where {IN_GROUP} and ({COUNTED_AT}, seq) < (:at, :seq)
                 order by at desc, seq desc limit :limit""", parameters).fetchall()
             history = dict_rows(db, """
-                select at, what, detail from group_history where app_id = ? and group_hash = ? order by entry
+                select at, what, detail from group_history where app_id = ? and group_hash = ? order by at, entry
                 """, (summary["app_id"], group_hash))
             missing = self._missing_builds(db, app_id, group_hash, 3)
             reports = _load_reports(db, "crashes", [seq for seq, _ in page[:limit]])
@@ -5843,27 +5806,25 @@ class GroupMetrics(PublicMetrics):
             first = rows[:SCORED_GROUPS] + by_devices[:SCORED_GROUPS]  # crashes alone say little: one device may loop
             newest = SeenReleases(db, app_id).newest(week)
             for row in first:
-                row.update(self._score(db, {**parameters, **row, "newest": newest.get(row["app_id"])}))
+                row["newest"] = newest.get(row["app_id"])
+                row["devices"], row["of_newest"] = db.execute(f"""
+                    select count(distinct device_id_hash),
+                        count(distinct case when app_version = :newest then device_id_hash end)
+                    from crashes
+                    where app_id = :app_id and group_hash = :group_hash and {RECEIVED_AT} >= :since
+                        and {COUNTED_AT} / {DAY} between :first and :last""", {**parameters, **row}).fetchone()
+                row["score"] = row["of_newest"] * 0.5 ** (max(0, self._store.now - row["last_seen"]) / DAY)
             first.sort(key=itemgetter("score", "devices", "count"), reverse=True)
-            return {"new": self._overview_rows(db, new, since), "new_count": len(new),
-                    "first": self._overview_rows(db, first, since)}
+            shown = {name: [{**_group_json(group), "is_new": group["came_at"] >= since}
+                            for group in self._described(db, groups[:SHOWN_GROUPS])]
+                     for name, groups in (("new", new), ("first", first))}
+        return {**shown, "new_count": len(new)}
 
-    def _overview_rows(self, db: Connection, rows: Sequence[JsonObject], since: int) -> list[JsonObject]:
-        """The first SHOWN_GROUPS of these groups, as the overview shows them."""
+    def _described(self, db: Connection, rows: Sequence[JsonObject]) -> list[JsonObject]:
+        """The summaries of groups of single apps, with the names of these apps."""
         apps = dict(db.execute("select id, name from apps"))
-        groups = [{**self._summary(db, row["app_id"], row["group_hash"]), **row} for row in rows[:SHOWN_GROUPS]]
-        return [{**_group_json(group), "app": apps[group["app_id"]], "is_new": group["came_at"] >= since}
-                for group in groups]
-
-    def _score(self, db: Connection, group: JsonObject) -> JsonObject:
-        devices, of_newest = db.execute(f"""
-            select count(distinct device_id_hash),
-                count(distinct case when app_version = :newest then device_id_hash end)
-            from crashes
-            where app_id = :app_id and group_hash = :group_hash and {RECEIVED_AT} >= :since
-                and {COUNTED_AT} / {DAY} between :first and :last""", group).fetchone()
-        return {"devices": devices, "of_newest": of_newest, "newest": group["newest"],
-                "score": of_newest * 0.5 ** (max(0, self._store.now - group["last_seen"]) / DAY)}
+        return [{**self._summary(db, row["app_id"], row["group_hash"]), "app": apps[row["app_id"]], **row}
+                for row in rows]
 
     def neighbours(self, crash: JsonObject, app: str | None = None) -> tuple[str | None, str | None]:
         """The ids of the crashes before and after this one in its group, or None."""
@@ -5871,7 +5832,7 @@ class GroupMetrics(PublicMetrics):
             parameters = {"app": app_id, "group": crash["group_hash"], "seq": int(crash["id"], 16)}
             rows = [db.execute(f"""
                 select seq from crashes
-                where {APP_FILTER} and group_hash = :group and ({COUNTED_AT}, seq) {comparison} (
+                where {IN_GROUP} and ({COUNTED_AT}, seq) {comparison} (
                     select {COUNTED_AT}, seq from crashes where seq = :seq)
                 order by {COUNTED_AT} {order}, seq {order} limit 1
                 """, parameters).fetchone() for comparison, order in (("<", "desc"), (">", "asc"))]
@@ -5895,25 +5856,18 @@ class GroupMetrics(PublicMetrics):
     def days_of_groups(self, groups: Sequence[str], app: str | None = None, version: str | None = None,
                        days: int = 30) -> JsonObject:
         """The apps of each of these groups, and its crashes on each of the last days, the oldest first."""
-        shown_days = self._last_days(days)
+        shown_days, answer = self._last_days(days), {}
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, **_version_filter(version), "first": shown_days[0], "last": shown_days[-1],
                           "since": shown_days[0] * DAY - MAX_SKEW}
-            return {"labels": list(map(iso_day, shown_days)), "groups": {
-                group_hash: self._days_of_group(db, {**parameters, "group": group_hash}, shown_days)
-                for group_hash in groups}}
-
-    def _days_of_group(self, db: Connection, parameters: JsonObject, shown_days: range) -> JsonObject:
-        counts = dict(db.execute(f"""
-            select {COUNTED_AT} / {DAY} as day, count(*) from crashes
-            where {APP_FILTER} and group_hash = :group and {IS_COUNTED}
-            group by day""", parameters))
-        apps = db.execute(f"""
-            select name from (select id as app_id, name from apps) as app where {APP_FILTER} and (
-                exists (select 1 from crashes where app_id = app.app_id and group_hash = :group)
-                or exists (select 1 from triage where app_id = app.app_id and group_hash = :group))
-            order by name""", parameters).fetchall()
-        return {"days": [counts.get(day, 0) for day in shown_days], "apps": [name for name, in apps]}
+            for group in groups:
+                parameters["group"] = group
+                counts = dict(db.execute(f"""
+                    select {COUNTED_AT} / {DAY} as day, count(*) from crashes where {IN_GROUP} and {IS_COUNTED}
+                    group by day""", parameters))
+                apps = db.execute(f"select name from apps where id in ({APPS_OF_GROUP}) order by name", parameters)
+                answer[group] = {"days": [counts.get(day, 0) for day in shown_days], "apps": [name for name, in apps]}
+        return {"labels": list(map(iso_day, shown_days)), "groups": answer}
 
     def _missing_builds(self, db: Connection, app_id: int | None, group: str | None, limit: int) -> list[JsonObject]:
         """The builds whose symbols are missing, in all groups or in one."""
