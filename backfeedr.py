@@ -115,7 +115,7 @@ import threading
 import time
 import zlib
 from bisect import bisect_left, bisect_right, insort
-from collections import Counter, defaultdict, deque, namedtuple
+from collections import ChainMap, Counter, defaultdict, deque, namedtuple
 from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -779,11 +779,9 @@ def _parse_integer(text: str) -> int:
     return int(text)
 
 
-_make_decoder = partial(json.JSONDecoder, parse_float=_parse_finite,
-                        parse_int=int if hasattr(sys, "get_int_max_str_digits") else _parse_integer)
-_DECODER = _make_decoder(parse_constant=_parse_finite)
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"),
-                            default=lambda _: "(nested too deep)")  # for the deques of _decode_nested
+_DECODER = json.JSONDecoder(parse_float=_parse_finite, parse_constant=_parse_finite,
+                            parse_int=int if hasattr(sys, "get_int_max_str_digits") else _parse_integer)
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
 # json makes its encoder anew for each value. Keeping it halves the time. Not every Python has it.
 _make_encoder = json.encoder.c_make_encoder or (lambda *_: None)  # type: ignore[attr-defined]
 _C_ENCODER = _make_encoder(None, _ENCODER.default, json.encoder.encode_basestring, None, ":", ",", False, False, False)
@@ -1162,28 +1160,16 @@ _KILL_CODE = re.compile(r"(?:\bcode[: ] ?|^[A-Z]{1,40} )(0x[0-9a-f]{1,16}|[0-9]{
 Diagnostic = tuple[Callable[[JsonObject, int], Union[Crash, Event]], JsonObject]
 
 
-def _member(parent: Any, name: str, kind: Callable[[], Any]) -> Any:
-    """A member of an object if it has this type, else the type's empty value."""
-    value = parent.get(name)
+def _at(value: Any, path: str, kind: Callable[[], Any] = str) -> Any:
+    """The value at a path of names, such as "osVersion.train", if it has this type, else the type's empty value."""
+    for name in path.split("."):
+        value = value.get(name) if type(value) is dict else None
     return value if type(value) is kind else kind()
 
 
-def _member_objects(parent: JsonObject, name: str) -> list[JsonObject]:
-    return [item for item in _member(parent, name, list) if type(item) is dict]
-
-
-def _member_number(parent: JsonObject, name: str) -> int | None:
-    value = parent.get(name)
-    return value if type(value) is int and 0 <= value <= MAX_NUMBER else None
-
-
-def _member_object_at(parent: JsonObject, name: str, index: int | None) -> JsonObject:
-    items = _member(parent, name, list)
-    return items[index] if index is not None and index < len(items) and type(items[index]) is dict else {}
-
-
-def _plain_members(parent: JsonObject) -> JsonObject:
-    return {name: value for name, value in parent.items() if type(value) in (str, int) and value != ""}
+def _items(value: Any, kind: type = dict) -> list[Any]:
+    """The items of a list that have this type."""
+    return [item for item in value if type(item) is kind] if type(value) is list else []
 
 
 def _apple_time(*values: Any) -> Any:
@@ -1205,9 +1191,9 @@ def _os_version(value: Any) -> Any:
     return match[1] if match else value
 
 
-def _exception_type(name: str, kill_code: str, mach: str, signal: str) -> str:
+def _exception_type(name: str, kill_code: str, mach: str, signal: str, otherwise: str = "Unknown") -> str:
     """The most specific of these names. EXC_CRASH says less than the signal."""
-    return name or kill_code or (mach if mach != "EXC_CRASH" else "") or signal or mach or "Unknown"
+    return name or kill_code or (mach if mach != "EXC_CRASH" else "") or signal or mach or otherwise
 
 
 def _kill_code(*values: Any) -> str:
@@ -1220,10 +1206,10 @@ def _kill_code(*values: Any) -> str:
 def _api_frame(number: int, binary: str, uuid: str, offset: int | None, is_own: bool | None,
                ips_frame: JsonObject) -> JsonObject:
     """A frame of our API. One from an .ips file may have a symbol and a source line."""
-    file, line = _member(ips_frame, "sourceFile", str).rpartition("/")[2], _member_number(ips_frame, "sourceLine")
+    file, line = _at(ips_frame, "sourceFile").rpartition("/")[2], _integer(ips_frame.get("sourceLine"))
     if file == "<compiler-generated>":
         file, line = "", None
-    symbol = _member(ips_frame, "symbol", str).replace("<redacted>", "")
+    symbol = _at(ips_frame, "symbol").replace("<redacted>", "")
     frame = {"frame": number, "symbol": symbol, "file": file, "line": line or None, "binary": binary[:MAX_TEXT],
              "uuid": uuid, "offset": offset, "inlined": ips_frame.get("inline") is True or None, "in_app": is_own,
              "symbolicated": bool(is_own and symbol and not file) or None}  # makes read_frame trust it
@@ -1233,71 +1219,62 @@ def _api_frame(number: int, binary: str, uuid: str, offset: int | None, is_own: 
 # == MetricKit =================================================================
 # The crashes, hangs and other diagnostics in a payload from MetricKit, in either of its shapes.
 
-MACH_EXCEPTIONS = {
-    1: "EXC_BAD_ACCESS", 2: "EXC_BAD_INSTRUCTION", 3: "EXC_ARITHMETIC", 4: "EXC_EMULATION", 5: "EXC_SOFTWARE",
-    6: "EXC_BREAKPOINT", 7: "EXC_SYSCALL", 8: "EXC_MACH_SYSCALL", 9: "EXC_RPC_ALERT", 10: "EXC_CRASH",
-    11: "EXC_RESOURCE", 12: "EXC_GUARD", 13: "EXC_CORPSE_NOTIFY"}
-SIGNALS = {  # Darwin's numbers
-    3: "SIGQUIT", 4: "SIGILL", 5: "SIGTRAP", 6: "SIGABRT", 7: "SIGEMT", 8: "SIGFPE", 9: "SIGKILL", 10: "SIGBUS",
-    11: "SIGSEGV", 12: "SIGSYS", 13: "SIGPIPE", 14: "SIGALRM", 15: "SIGTERM"}
+MACH_EXCEPTIONS = dict(enumerate([
+    "EXC_BAD_ACCESS", "EXC_BAD_INSTRUCTION", "EXC_ARITHMETIC", "EXC_EMULATION", "EXC_SOFTWARE", "EXC_BREAKPOINT",
+    "EXC_SYSCALL", "EXC_MACH_SYSCALL", "EXC_RPC_ALERT", "EXC_CRASH", "EXC_RESOURCE", "EXC_GUARD"], 1))
+SIGNALS = dict(enumerate([  # Darwin's numbers
+    "SIGQUIT", "SIGILL", "SIGTRAP", "SIGABRT", "SIGEMT", "SIGFPE", "SIGKILL", "SIGBUS", "SIGSEGV", "SIGSYS", "SIGPIPE",
+    "SIGALRM", "SIGTERM"], 3))
 EVENT_NAMES = {
     "hangDiagnostic": "Hang", "cpuExceptionDiagnostic": "CPU exception", "appLaunchDiagnostic": "Slow launch",
     "diskWriteExceptionDiagnostic": "Disk write exception"}
 DURATIONS = ("hangDuration", "totalCPUTime", "writesCaused", "totalWritesCaused", "launchDuration")
+_COLUMNS = {  # since iOS 27, the names begin with "application"
+    "appVersion": "app_version", "applicationVersion": "app_version", "appBuildVersion": "build_number",
+    "applicationBuildVersion": "build_number", "deviceType": "device_model"}
 _THREAD_STARTS = ("dyld", "libdyld.dylib", "libsystem_pthread.dylib")
-
-
 # A string without an end is one token, too: searching for an end from each quote in it would take hours.
-_NESTING = re.compile(r'"subFrames"\s*:\s*\[|"[^"]*"?|[][]|NaN')
+_BRACKETS = re.compile(r'"subFrames"\s*:\s*(\[(?:\s*\])?)|"[^"]*"?|[][]')
 
 
-def _decode_nested(text: str) -> Any:
-    """The value of JSON whose `subFrames` may be nested to any depth: a call stack has two levels for each frame. In
-    deep JSON each list of `subFrames` is decoded by itself, becomes a path (see _heaviest_path), and NaN, which JSON
-    does not have, stands for it in the text around it. Raises ValueError."""
-    if not _is_deep(text, MAX_READ_DEPTH):
-        return _DECODER.decode(text)
-    unused = deque[Any]()  # the lists for the next NaNs. One decoder: a new one for each list takes a third longer
-    decoder = _make_decoder(parse_constant=lambda word: unused.popleft() if word == "NaN" else _parse_finite(word))
-    pieces, lists = [list[str]()], [list[Any]()]  # of each open text, and the lists that NaN stands for in it
-    open_brackets, position = list[bool](), 0  # whether each open "[" is of `subFrames`; where the next piece begins
-
-    def decode(end: int) -> Any:
-        """The value of the innermost open text, which ends there."""
-        unused.extend(lists.pop())
-        try:
-            return decoder.decode(not_deep("".join([*pieces.pop(), text[position:end]])))
-        except json.JSONDecodeError as error:  # its position is not that in the body
-            raise ValueError(f"{error.msg} in a deep call stack") from None
-
-    for token in _NESTING.finditer(text.replace("\\\\", "  ").replace('\\"', "  ")):  # the other escapes do no harm
-        if token[0] == "NaN":
-            raise ValueError("a number is out of range")
-        if token[0].endswith("["):
-            open_brackets.append(token[0] != "[")
-            if open_brackets[-1]:
-                pieces[-1].append(text[position:token.end() - 1] + "NaN")
-                pieces.append([])
-                lists.append([])
-                position = token.end() - 1
-        elif token[0] == "]" and open_brackets and open_brackets.pop():
-            path = _heaviest_path(decode(token.end()))
-            lists[-1].append(path)
-            position = token.end()
-    return decode(len(text))
+def _decode_payload(text: str) -> Any:
+    """The value of JSON in which nested frames follow each other, because a call stack has two levels for each frame,
+    more than `json` reads: [{1, "subFrames": [{2}], 3}] becomes [{1, "subFrames": "["}, {2}, {"subFrames": "]", 3}].
+    Raises ValueError."""
+    pieces, position, are_frames = list[str](), 0, list[bool]()  # whether each open "[" is of `subFrames`
+    escaped = text.replace("\\\\", "  ").replace('\\"', "  ")  # other escapes do no harm
+    for token in _BRACKETS.finditer(escaped) if '"subFrames"' in text else ():
+        if "[" in (token[0], token[1]):
+            are_frames.append(token[1] == "[")
+        if token[1] == "[":
+            replacement = '"subFrames":"["},'
+        elif token[0] == "]" and are_frames and are_frames.pop():
+            replacement = ',{"subFrames":"]"'
+        else:
+            continue
+        pieces += text[position:token.start()], replacement
+        position = token.end()
+    with suppress(ValueError):  # as its positions are not those in the body
+        return _DECODER.decode(not_deep("".join([*pieces, text[position:]])))
+    return _DECODER.decode(not_deep(text))
 
 
-def _heaviest_path(frames: Any) -> deque[JsonObject]:
-    """The path that most samples took, from one of these frames inwards. It is not nested: to delete 5,000 nested
-    objects takes more stack than a thread may have."""
-    path, steps = deque[JsonObject](), list[JsonObject]()
-    while type(frames) is list and (objects := [frame for frame in frames if type(frame) is dict]):
-        steps.append(max(objects, key=lambda frame: _member_number(frame, "sampleCount") or 0))
-        frames = steps[-1].pop("subFrames", None)
-        if type(frames) is deque:
-            path = frames
-    path.extendleft(reversed(steps))
-    return path
+def _heaviest_path(parts: Iterable[JsonObject]) -> list[JsonObject]:
+    """The path that most samples took, from one of the outermost frames inwards. See _decode_payload for `parts`."""
+    open_frames, paths = list[JsonObject](), [(-1, list[JsonObject]())]  # of each open list, the heaviest: from its end
+    for part in parts:
+        path = list[JsonObject]()
+        if part.get("subFrames") == "[":
+            open_frames.append(part)
+            paths.append((-1, path))
+            continue
+        if part.get("subFrames") == "]" and open_frames:
+            path, part = paths.pop()[1], {**open_frames.pop(), **part}
+        path.append(part)
+        samples = _integer(part.get("sampleCount")) or 0
+        if samples > paths[-1][0]:
+            paths[-1] = samples, path
+    return paths[0][1][::-1]
 
 
 def _metrickit_diagnostics(payload: JsonObject) -> Iterator[Diagnostic]:
@@ -1305,7 +1282,7 @@ def _metrickit_diagnostics(payload: JsonObject) -> Iterator[Diagnostic]:
     if not kinds and not payload.keys() & {"timeStampBegin", "timeStampEnd", "timeRange"}:
         hint = "; POST a crash of our own form to /api/v1/crashes" if "exception_type" in payload else ""
         raise Refusal(UNKNOWN_FORMAT, detail="the object is neither a MetricKit payload nor an .ips file" + hint)
-    span, environment = _member(payload, "timeRange", dict), _member(payload, "environment", dict)
+    span, environment = _at(payload, "timeRange", dict), _at(payload, "environment", dict)
     occurred_at = _apple_time(
         payload.get("timeStampEnd"), payload.get("timeStampBegin"), span.get("end"), span.get("begin"))
     for kind in kinds:
@@ -1323,119 +1300,111 @@ def _metrickit_diagnostics(payload: JsonObject) -> Iterator[Diagnostic]:
 def _metrickit_diagnostic(kind: str, item: JsonObject, environment: JsonObject) -> Diagnostic | None:
     """A crash, or an event for a diagnostic that did not end the app. None for an unknown kind without a call stack.
     Values without a column are kept under Apple's names."""
-    meta = {**environment, **item, **_member(item, "diagnosticMetaData", dict)}
+    meta = {**environment, **item, **_at(item, "diagnosticMetaData", dict)}
     for name in ("callStackTree", "diagnosticMetaData", "version"):
         meta.pop(name, None)
-    columns = {  # since iOS 27, the names begin with "application"
-        "app_version": meta.pop("appVersion", None) or meta.pop("applicationVersion", None),
-        "build_number": meta.pop("appBuildVersion", None) or meta.pop("applicationBuildVersion", None),
-        "device_model": meta.pop("deviceType", None) or None, "os_version": _os_version(meta.pop("osVersion", None))}
+    columns = {column: value for name, column in _COLUMNS.items() if (value := meta.pop(name, None))}
+    columns["os_version"] = _os_version(meta.pop("osVersion", None))
     is_crash = kind in ("crashDiagnostic", "memoryExceptionDiagnostic")
-    trace = _metrickit_trace(_member(item, "callStackTree", dict), is_crash)
+    trace = _metrickit_trace(_at(item, "callStackTree", dict), is_crash)
     if is_crash:
         return parse_crash, {**meta, **columns, **_metrickit_exception(kind, meta), "stack_trace": trace}
     if not trace and kind not in EVENT_NAMES:
         return None
-    duration = next((name for name in DURATIONS if meta.get(name)), "")
-    known = {"duration": meta.pop(duration, None), "build_number": columns.pop("build_number"), "stack_trace": trace}
-    properties = {**meta, **{name: value for name, value in known.items() if value not in (None, "", [])}}
+    duration = next((meta.pop(name) for name in DURATIONS if meta.get(name)), None)
+    known = {"duration": duration, "build_number": columns.pop("build_number", None), "stack_trace": trace}
     words = re.sub("(?<=[a-z0-9])([A-Z])", r" \1", kind[:-len("Diagnostic")][:MAX_TEXT])  # gpuHang: "Gpu hang"
-    name = EVENT_NAMES.get(kind, words.capitalize())
-    return parse_event, {**columns, "type": "error", "name": name, "properties": properties}
+    return parse_event, {**columns, "type": "error", "name": EVENT_NAMES.get(kind, words.capitalize()),
+                         "properties": {**meta, **{name: value for name, value in known.items() if value}}}
 
 
 def _metrickit_exception(kind: str, meta: JsonObject) -> JsonObject:
-    thrown, termination = _member(meta, "objectiveCexceptionReason", dict), _member(meta, "terminationReason", str)
-    mach, signal = _code_name(MACH_EXCEPTIONS, meta.get("exceptionType")), _code_name(SIGNALS, meta.get("signal"))
-    name = _member(thrown, "exceptionName", str) or _member(thrown, "className", str)
-    exception_type = _exception_type(name, _kill_code(termination), mach, signal)
-    if exception_type == "Unknown" and kind == "memoryExceptionDiagnostic":
-        exception_type = "Memory exception"
-    reason = _member(thrown, "composedMessage", str) or termination
-    return {"exception_type": exception_type, "exception_reason": reason}
-
-
-def _code_name(names: Mapping[int, str], code: Any) -> str:
-    return code if type(code) is str else names.get(code, "") if type(code) is int else ""
+    thrown, termination = _at(meta, "objectiveCexceptionReason", dict), _at(meta, "terminationReason")
+    mach, signal = (_at(meta, name) or names.get(_integer(meta.get(name)) or 0, "") for name, names in (
+        ("exceptionType", MACH_EXCEPTIONS), ("signal", SIGNALS)))
+    return {"exception_type": _exception_type(
+                _at(thrown, "exceptionName") or _at(thrown, "className"), _kill_code(termination), mach, signal,
+                "Memory exception" if kind == "memoryExceptionDiagnostic" else "Unknown"),
+            "exception_reason": _at(thrown, "composedMessage") or termination}
 
 
 def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
     """The frames of the thread in question, innermost first. In a tree of samples, the path that most samples took."""
-    stacks = _member_objects(tree, "callStacks") or _member_objects(tree, "callStackThreads")
+    stacks = _items(tree.get("callStacks")) or _items(tree.get("callStackThreads"))
     stack = next((stack for stack in stacks if stack.get("threadAttributed") is True), stacks[0] if stacks else {})
-    path = _heaviest_path(_member_objects(stack, "callStackRootFrames") or _member_objects(stack, "rootFrames"))
-    images = _member_objects(tree, "binaryInfo")
-    names = {uuid: _member(image, "name", str)[:MAX_TEXT]
-             for image in images if (uuid := image_uuid(image.get("uuid")))}
-    steps = [(frame, _member(frame, "binaryName", str) or names.get(image_uuid(frame.get("binaryUUID")), ""))
-             for frame in path]
+    names = {uuid: _at(image, "name")[:MAX_TEXT] for image in _items(tree.get("binaryInfo"))
+             if (uuid := image_uuid(image.get("uuid")))}
+    path = [(_at(frame, "binaryName") or names.get(image_uuid(frame.get("binaryUUID")), ""), frame)
+            for frame in _heaviest_path(_items(stack.get("callStackRootFrames")) or _items(stack.get("rootFrames")))]
     # A sampled path may begin where its thread began, and end with the innermost frame.
-    if not is_crash and path and steps[0][1] in _THREAD_STARTS and steps[-1][1] not in _THREAD_STARTS:
-        steps.reverse()
-    return [_metrickit_frame(number, *step) for number, step in _limit_length([*enumerate(steps)], spare_frames=1)]
-
-
-def _metrickit_frame(number: int, frame: JsonObject, binary: str) -> JsonObject:
-    """A frame of our API from one of MetricKit. It has no path, so its load address tells whether it is own code."""
-    offset, address = _member_number(frame, "offsetIntoBinaryTextSegment"), _member_number(frame, "address")
-    base = address - (offset or 0) if address is not None and address >= (offset or 0) else None
-    if offset is not None and offset >= 1 << 32:  # iOS 14 and 15 and macOS 12 give the load address as the offset
-        base, offset = offset, base
-    is_own = is_own_code("", "", base, binary)
-    return _api_frame(number, binary, image_uuid(frame.get("binaryUUID")), offset, is_own, {})
+    if not is_crash and path and path[0][0] in _THREAD_STARTS and path[-1][0] not in _THREAD_STARTS:
+        path.reverse()
+    trace = []
+    for number, (binary, frame) in _limit_length([*enumerate(path)], spare_frames=1):
+        offset, address = _integer(frame.get("offsetIntoBinaryTextSegment")), _integer(frame.get("address"))
+        base = address - (offset or 0) if address is not None and address >= (offset or 0) else None
+        if offset is not None and offset >= 1 << 32:  # iOS 14 and 15 and macOS 12 give the load address as the offset
+            base, offset = offset, base
+        is_own = is_own_code("", "", base, binary)  # without a path, the load address tells
+        trace.append(_api_frame(number, binary, image_uuid(frame.get("binaryUUID")), offset, is_own, {}))
+    return trace
 
 
 # == Crash files ===============================================================
 # The crash in an .ips file, or in the text of a .crash file, which is brought into the form of an .ips file first.
 
+_IPS_FIELDS = {  # those without a column of ours that are kept, each with its path; others may tell who the user is
+    "process": "procName", "platformArchitecture": "cpuType", "bundleIdentifier": "bundleInfo.CFBundleIdentifier",
+    "exceptionCodes": "exception.codes", "exceptionSubtype": "exception.subtype"}
 _UNCAUGHT = re.compile(r"uncaught exception '([^'\n]{1,200})', reason: '(.*?)(?:'(?: \*\*\*|\n)|'?\Z)", re.S)
 _FATAL = re.compile("Fatal error|Precondition failed|Assertion failed|BUG IN ")
 _UNINFORMATIVE = re.compile(r"^(?:abort\(\) called|Performing @selector\(.*)$", re.M)
 
 
-def _ips_crash(header: JsonObject, body: JsonObject) -> JsonObject:
-    """The crash in an .ips file. Only the fields that are named here are kept."""
-    exception, termination, bundle = (_member(body, name, dict) for name in ("exception", "termination", "bundleInfo"))
-    notes = [note for notes in _member(body, "asi", dict).values() if type(notes) is list  # "application-specific"
-             for note in notes if type(note) is str]
-    details = [text for name in ("reasons", "details") for text in _member(termination, name, list)
-               if type(text) is str]
-    informative = [text for note in notes if (text := _UNINFORMATIVE.sub("", note).strip())]
-    thrown = next(filter(None, map(_UNCAUGHT.search, notes)), None)
-    name, message = (_member(_member(body, "exceptionReason", dict), member, str) for member in (
-        "name", "composed_message"))
-    reasons = [message, thrown and thrown[2], next(filter(_FATAL.search, informative), ""), *informative[:1],
-               _member(exception, "subtype", str), " ".join(details), _member(termination, "indicator", str),
-               *notes[:1]]
-    kept_termination = _plain_members({name: termination.get(name) for name in ("namespace", "code", "indicator")})
+def _ips_crash(body: JsonObject) -> JsonObject:
+    """The crash in the body of an .ips file, with its header. Only the fields that are named here are kept."""
+    termination = {name: value for name in ("namespace", "code", "indicator")
+                   if type(value := _at(body, "termination", dict).get(name)) in (str, int) and value != ""}
+    kept = {name: _at(body, path) for name, path in _IPS_FIELDS.items()}
+    exception_type, reason = _ips_exception(body)
     return {
-        **_plain_members({
-            "process": body.get("procName") or header.get("app_name"), "platformArchitecture": body.get("cpuType"),
-            "bundleIdentifier": bundle.get("CFBundleIdentifier") or header.get("bundleID"),
-            "exceptionCodes": exception.get("codes"), "exceptionSubtype": exception.get("subtype")}),
-        **({"termination": kept_termination} if kept_termination else {}),
-        "exception_type": _exception_type(
-            name or (thrown[1] if thrown else ""), _kill_code(termination.get("code"), *details),
-            _member(exception, "type", str), _member(exception, "signal", str)),
-        "exception_reason": next(filter(None, reasons), None), "stack_trace": _ips_trace(body),
-        "app_version": header.get("app_version") or bundle.get("CFBundleShortVersionString"),
-        "build_number": header.get("build_version") or bundle.get("CFBundleVersion"),
-        "os_version": _os_version(_member(body, "osVersion", dict).get("train") or header.get("os_version")),
-        "device_model": body.get("modelCode"),
-        "occurred_at": _apple_time(body.get("captureTime"), header.get("timestamp"))}
+        **{name: value for name, value in (*kept.items(), ("termination", termination)) if value},
+        "exception_type": exception_type, "exception_reason": reason, "stack_trace": _ips_trace(body),
+        "app_version": _at(body, "app_version") or _at(body, "bundleInfo.CFBundleShortVersionString"),
+        "build_number": _at(body, "build_version") or _at(body, "bundleInfo.CFBundleVersion"),
+        "os_version": _os_version(_at(body, "osVersion.train") or _at(body, "os_version")),
+        "device_model": _at(body, "modelCode"),
+        "occurred_at": _apple_time(body.get("captureTime"), body.get("timestamp"))}
+
+
+def _ips_exception(body: JsonObject) -> tuple[str, str]:
+    """The type and the reason of the crash in an .ips file."""
+    termination = _at(body, "termination", dict)
+    notes = [note for notes in _at(body, "asi", dict).values() for note in _items(notes, str)]  # application-specific
+    details = [*_items(termination.get("reasons"), str), *_items(termination.get("details"), str)]
+    informative = [text for note in notes if (text := _UNINFORMATIVE.sub("", note).strip())]
+    thrown = next(filter(None, map(_UNCAUGHT.search, notes)), None) or ("", "", "")
+    exception_type = _exception_type(
+        _at(body, "exceptionReason.name") or thrown[1],
+        _kill_code(termination.get("code"), *details), _at(body, "exception.type"), _at(body, "exception.signal"))
+    texts = (_at(body, "exceptionReason.composed_message"), thrown[2], next(filter(_FATAL.search, informative), ""),
+             *informative[:1], _at(body, "exception.subtype"), " ".join(details),
+             _at(termination, "indicator"), *notes[:1])
+    return exception_type, next(filter(None, texts), "")
 
 
 def _ips_trace(body: JsonObject) -> list[JsonObject]:
     """The frames of the exception, or of the thread that crashed if there is no exception."""
-    triggered = (thread for thread in _member_objects(body, "threads") if thread.get("triggered") is True)
-    thread = _member_object_at(body, "threads", _member_number(body, "faultingThread")) or next(triggered, {})
-    frames = _member_objects(body, "lastExceptionBacktrace") or _member_objects(thread, "frames")
-    main_path, trace = _member(body, "procPath", str)[:MAX_PATH], []
+    images, threads = (dict[Any, Any](enumerate(_at(body, name, list))) for name in ("usedImages", "threads"))
+    triggered = (thread for thread in _items(body.get("threads")) if thread.get("triggered") is True)
+    thread: Any = threads.get(_integer(body.get("faultingThread"))) or next(triggered, {})
+    frames = _items(body.get("lastExceptionBacktrace")) or _items(_at(thread, "frames", list))
+    main_path, trace = _at(body, "procPath")[:MAX_PATH], []
     for number, frame in _limit_length([*enumerate(frames)], spare_frames=1):
-        image = _member_object_at(body, "usedImages", _member_number(frame, "imageIndex"))
-        path, uuid = _member(image, "path", str)[:MAX_PATH], image_uuid(image.get("uuid"))
-        binary = (_member(image, "name", str) or path.rpartition("/")[2]).replace("???", "")
-        offset = _member_number(frame, "imageOffset") if binary or uuid else None  # without an image it is an address
+        image = images.get(_integer(frame.get("imageIndex")))
+        path, uuid = _at(image, "path")[:MAX_PATH], image_uuid(_at(image, "uuid"))
+        binary = (_at(image, "name") or path.rpartition("/")[2]).replace("???", "")
+        offset = _integer(frame.get("imageOffset")) if binary or uuid else None  # without an image it is an address
         is_own = True if path and path == main_path else is_own_code("", path, None, binary)
         trace.append(_api_frame(number, binary, uuid, offset, is_own, frame))
     return trace
@@ -1444,7 +1413,6 @@ def _ips_trace(body: JsonObject) -> list[JsonObject]:
 _CRASH_HEADER = re.compile(r"^([A-Z][\w /]{1,40}):(.*)", re.M)
 _CRASH_TYPE = re.compile(r"(\w+)(?: \((\w+))?")
 _TERMINATION = re.compile(r"(?:Namespace )?(\w+),? (?:Code )?(0x[0-9a-f]{1,16}|[0-9]{1,19})\b[, ]*(.*)", re.I)
-_CRASH_THREAD = re.compile(r"^(?:Last Exception Backtrace:|Thread [0-9]{1,9} Crashed:).*\n", re.M)
 _CRASH_FRAME = re.compile(r"^[0-9]{1,9}[ \t](.*?)0x([0-9a-f]{1,16})\b(.*)", re.M | re.I)
 _CRASH_SYMBOL = re.compile(  # Cart.total() + 112 (Cart.swift:12), or Cart.total() (in Shop) (Cart.swift:12) + 112
     r"(?!0x)(.*?)(?: \(in [^()]{1,200}\))?(?: \+ [0-9]+)?(?: \[inlined\])?"
@@ -1471,7 +1439,7 @@ def _crash_text_as_ips(text: str) -> JsonObject:
         "termination": {"details": [header["Termination Description"] or (context and context[0])],
                         "namespace": termination and termination[1], "code": termination and _integer(termination[2]),
                         "indicator": termination and termination[3]},
-        "asi": {"": [_paragraph_after(re.search("^Application Specific Information:.*\n", text, re.M))]},
+        "asi": {"": [_paragraph_after("Application Specific Information", text)]},
         "bundleInfo": {"CFBundleShortVersionString": version.strip(), "CFBundleVersion": build.strip(),
                        "CFBundleIdentifier": header["Identifier"]},
         "procName": header["Process"].partition(" [")[0], "procPath": header["Path"],
@@ -1479,29 +1447,29 @@ def _crash_text_as_ips(text: str) -> JsonObject:
         "modelCode": header["Hardware Model"], "captureTime": header["Date/Time"], **_crash_text_stack(text)}
 
 
-def _paragraph_after(title: re.Match[str] | None) -> str:
-    """The text between a title and the next empty line."""
-    return re.split(r"\n[ \t]*\n", title.string[title.end():], maxsplit=1)[0] if title else ""
+def _paragraph_after(title: str, text: str) -> str:
+    """The text between a title, which is a pattern, and the next empty line."""
+    match = re.search(f"^(?:{title}):.*\n", text, re.M)
+    return re.split(r"\n[ \t]*\n", text[match.end():], maxsplit=1)[0] if match else ""
 
 
 def _crash_text_stack(text: str) -> JsonObject:
     """The frames and images in the form of an .ips body. A frame's address tells which image it is in."""
     images_by_start = {int(start, 16): (int(end, 16), {"path": path.strip(), "uuid": uuid})
                        for start, end, uuid, path in _CRASH_IMAGE.findall(text)}
-    images_by_start.pop(0, None)  # the image "???" contains every address
-    section = _paragraph_after(_CRASH_THREAD.search(text))
-    lines = _CRASH_FRAME.findall(section)
-    if section[:1] == "(":  # the backtrace of an exception without symbols is one line of addresses
-        lines = [("", digits, "") for digits in re.findall(r"0x([0-9a-f]{1,16})\b", section)]
+    images_by_start[0] = 0, {}  # its image "???" contains every address
+    stack = _paragraph_after("Last Exception Backtrace|Thread [0-9]{1,9} Crashed", text)
+    lines = _CRASH_FRAME.findall(stack)
+    if stack[:1] == "(":  # the backtrace of an exception without symbols is one line of addresses
+        lines = [("", digits, "") for digits in re.findall(r"0x([0-9a-f]{1,16})\b", stack)]
     starts, frames, images = sorted(images_by_start), list[JsonObject](), list[JsonObject]()
     for binary, digits, place in lines[:2000]:  # Apple's tools write up to 512
         address, match = int(digits, 16), _CRASH_SYMBOL.fullmatch(place.strip())
-        start = starts[bisect_right(starts, address) - 1] if starts else 0
-        end, image = images_by_start.get(start, (0, {}))
-        is_known = start <= address <= end
-        images.append({**(image if is_known else {}), "name": binary.strip()})
+        start = starts[bisect_right(starts, address) - 1]
+        end, image = images_by_start[start]
+        images.append({**(image if address <= end else {}), "name": binary.strip()})
         symbol, file, line = match.groups() if match else (None, None, None)
-        frames.append({"imageIndex": len(frames), "imageOffset": address - start if is_known else None,
+        frames.append({"imageIndex": len(frames), "imageOffset": address - start if address <= end else None,
                        "symbol": symbol, "sourceFile": file, "sourceLine": int(line) if line else None,
                        "inline": "[inlined]" in place})
     return {"usedImages": images, "lastExceptionBacktrace": frames}
@@ -1552,31 +1520,28 @@ def parse_crash_body(body: bytes) -> Crash:
 
 
 def _read_diagnostics(text: str) -> Iterable[Diagnostic]:
-    if not text.strip():
-        raise Refusal(UNKNOWN_FORMAT, detail="the body is empty")
     try:
-        objects, problem = [_decode_nested(text)], ""
+        objects, problem = [_decode_payload(text)], ""
     except ValueError as error:
         objects, problem = _objects_on_lines(text), json_problem(error)
     if not all(type(value) is dict for value in objects):
         raise Refusal(UNKNOWN_FORMAT, detail=f"the body is {_json_type(objects[0])}, not an object")
-    bug_types = [str(value.get("bug_type")) for value in objects]
-    bug_type = next(filter(re.compile("[0-9]{1,9}").fullmatch, bug_types), "")
+    report = dict(ChainMap(*objects))  # the header and the body of an .ips file
+    bug_type, = re.findall(r"\A[0-9]{1,9}\Z", str(report.get("bug_type"))) or [""]
     if bug_type and BUG_TYPES.get(bug_type) != "a crash":
         raise Refusal(f"unsupported bug_type {bug_type}",
                       detail=f"{BUG_TYPES.get(bug_type, 'it')} is not a crash of the app")
     # Without a header, the fields must be ones that no other format has.
-    ips_fields = {"threads", "exception"} if bug_type else {"usedImages", "termination"}
-    ips_body = next((value for value in objects if value.keys() & ips_fields), None)
-    if ips_body is None and problem and re.search("^Exception Type:", text, re.M):
-        ips_body = _crash_text_as_ips(text)
-    if ips_body is not None:
-        return [(parse_crash, _ips_crash(objects[0] if objects else {}, ips_body))]
+    is_ips = bool(report.keys() & ({"threads", "exception"} if bug_type else {"usedImages", "termination"}))
+    if not is_ips and problem and re.search("^Exception Type:", text, re.M):
+        is_ips, report = True, {**report, **_crash_text_as_ips(text)}
+    if is_ips:
+        return [(parse_crash, _ips_crash(report))]
     if problem or bug_type:
         if "Exception Type:" in text:  # but not at the start of a line
             problem = "a .crash file without its line ends; curl keeps them with --data-binary"
         raise Refusal(UNKNOWN_FORMAT, detail="an .ips file whose body cannot be read" if bug_type else problem)
-    return _metrickit_diagnostics(objects[0])
+    return _metrickit_diagnostics(report)
 
 
 def _objects_on_lines(text: str) -> list[JsonObject]:
