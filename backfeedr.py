@@ -4434,73 +4434,47 @@ SYMBOL_PAGES = 100  # pages of symbols that a step deletes: each may take 100 kB
 class SymbolStore(Deletion):
     """Apps and their reports, and the symbols of builds."""
 
-    _to_regroup: tuple[Row, list[int]] = ((), [])  # a position in a group, and the crashes after it
+    _to_regroup: Mapping[Row, list[int]] = {}  # the crashes after a position in a group
 
     def put_symbols(self, uuid: str, part: SymbolPart) -> tuple[JsonObject, bool]:
         """Stores a part of the symbols of a build; an earlier upload of the same part is replaced. Returns the progress
         of the upload, and whether this part, or the whole build, was stored before. A complete build stays as it is. An
         upload with another number of parts starts over. Raises Refusal if there is no room."""
-        while True:
-            with self.writing() as db:
-                build = self._build_to_delete(db, uuid, part)
-                if not build:
-                    was_stored = self._store_part(db, uuid, part)
-                    progress, = dict_rows(db, "select uuid, parts, received from symbols where uuid = ?", (uuid,))
-                    progress["complete"] = progress["received"] == progress["parts"]
-                    if progress["complete"] and not was_stored:
-                        self._symbols_arrived(db, uuid)
-                    return progress, was_stored
-            self._repeat_step(partial(self._drop_symbols, uuid=build))
-
-    @staticmethod
-    def _build_to_delete(db: Connection, uuid: str, part: SymbolPart) -> str:
-        """The build whose symbols must be deleted first; "" for none. That is this build, if its upload began with
-        another number of parts or its symbols are being deleted; or the oldest build without crashes, if there are too
-        many. Raises Refusal if all have crashes."""
-        if db.execute("select 1 from symbols where uuid = ? and received < parts and (parts <> ? or received = 0)",
-                      (uuid, part.parts)).fetchone():
-            return uuid
-        builds, = db.execute("select count(*) from symbols where uuid <> ?", (uuid,)).fetchone()
-        if builds < MAX_SYMBOL_BUILDS:
-            return ""
-        oldest, has_crashes = db.execute("""
-            select uuid, uuid in (select uuid from group_images) as has_crashes from symbols where uuid <> ?
-            order by has_crashes, uploaded_at, uuid limit 1""", (uuid,)).fetchone()
-        if has_crashes:
-            raise Refusal("too many symbols", detail=(
-                f"those of {MAX_SYMBOL_BUILDS} builds with crashes are held;"
-                f" 'symbols delete {oldest}' deletes the oldest"))
-        return str(oldest)
+        self._repeat_step(partial(self._expire_symbols, uuid=uuid, parts=part.parts))
+        with self.writing() as db:
+            was_stored = Symbols(db).is_held(uuid) or self._store_part(db, uuid, part)
+            progress, = dict_rows(db, "select uuid, parts, received from symbols where uuid = ?", (uuid,))
+            progress["complete"] = progress["received"] == progress["parts"]
+            if progress["complete"] and not was_stored:
+                self._symbols_arrived(db, uuid)
+        return progress, was_stored
 
     def _store_part(self, db: Connection, uuid: str, part: SymbolPart) -> bool:
-        """Writes a part, unless the build is complete. Returns whether the part was stored before."""
-        if Symbols(db).is_held(uuid):
-            return True
+        """Writes a part. Returns whether it was stored before. Raises Refusal if the symbols take too much then."""
         was_stored = db.execute("delete from symbol_parts where uuid = ? and part = ?", (uuid, part.part)).rowcount > 0
         if was_stored:  # only then, because this reads all pages of the build
             db.execute("delete from symbol_pages where uuid = ? and part = ?", (uuid, part.part))
-        build_size, total_size = db.execute("""
-            select coalesce(sum(case when uuid = ? then size end), 0), coalesce(sum(size), 0) from symbol_parts
-            """, (uuid,)).fetchone()
-        if build_size + part.size > MAX_SYMBOL_BYTES:
-            raise Refusal("too many symbols", detail=f"those of a build may take {megabytes(MAX_SYMBOL_BYTES)};"
-                                                     f" 'symbols delete {uuid}' deletes what came")
-        if total_size + part.size > (self.max_db_size // 2 or math.inf):  # symbols must leave room for reports
-            raise Refusal("too many symbols", detail="they would take more than half of BACKFEEDR_MAX_DB_SIZE;"
-                                                     " 'symbols delete' makes room")
-        db.execute("""
-            insert into symbols values (?, ?, ?, ?, 0, 0, 0, ?) on conflict (uuid) do update set
-                binary_name = excluded.binary_name, arch = excluded.arch, uploaded_at = excluded.uploaded_at
-            """, (uuid, part.binary, part.arch, part.parts, self.now))
-        write_rows(db, """
-            insert into symbol_pages values *
-            on conflict (uuid, first) do update set part = excluded.part, page = excluded.page
-            """, [(uuid, first, part.part, page) for first, page in part.pages])
         db.execute("insert into symbol_parts values (?, ?, ?, ?)", (uuid, part.part, part.size, part.rows))
-        db.execute("""
-            update symbols set (received, size, rows) = (
-                select count(*), sum(size), sum(rows) from symbol_parts where uuid = :uuid)
-            where uuid = :uuid""", {"uuid": uuid})
+        write_rows(db, f"""
+            insert into symbol_pages values *
+            on conflict (uuid, first) do update set {_replacements(("part", "page"))}
+            """, [(uuid, first, part.part, page) for first, page in part.pages])
+        db.execute(f"""
+            insert into symbols
+            select uuid, :binary, :arch, :parts, count(*), sum(size), sum(rows), :now from symbol_parts
+            where uuid = :uuid group by uuid
+            on conflict (uuid) do update set {_replacements((
+                "binary_name", "arch", "received", "size", "rows", "uploaded_at"))}
+            """, {"uuid": uuid, "binary": part.binary, "arch": part.arch, "parts": part.parts, "now": self.now})
+        builds, total, size = db.execute("""
+            select count(*), sum(size), sum(case when uuid = ? then size end) from symbols""", (uuid,)).fetchone()
+        for is_too_much, problem in (
+                (builds > MAX_SYMBOL_BUILDS, f"those of {MAX_SYMBOL_BUILDS} builds with crashes are held"),
+                (size > MAX_SYMBOL_BYTES, f"those of a build may take {megabytes(MAX_SYMBOL_BYTES)}"),
+                # They must leave room for reports.
+                (total > (self.max_db_size // 2 or total), "they would take more than half of BACKFEEDR_MAX_DB_SIZE")):
+            if is_too_much:
+                raise Refusal("too many symbols", detail=problem + "; 'symbols delete' makes room")
         return was_stored
 
     @staticmethod
@@ -4537,19 +4511,23 @@ class SymbolStore(Deletion):
             """, (uuid, SYMBOL_PAGES)).rowcount
         return +Counter(symbols=deleted or db.execute("delete from symbols where uuid = ?", (uuid,)).rowcount)
 
-    def _expire_symbols(self, db: Connection) -> Counter[str]:
-        """One step of deleting useless symbols: those of an upload that was never completed, and those of an old build.
-        A build is old if no crash of it is stored, and a later build of the binary got its symbols before the retention
-        began: then hardly any hang of the old build is stored either."""
+    def _expire_symbols(self, db: Connection, uuid: str = "", parts: int = 0) -> Counter[str]:
+        """One step of deleting symbols: of an upload that was given up, or that the one of this build in so many parts
+        replaces; of the oldest build without crashes, if there are too many; and of old builds. A build is old if no
+        crash of it is stored, and a later build of the binary got its symbols before the retention began: then hardly
+        any hang of the old build is stored either."""
         row = db.execute("""
             select uuid from symbols
-            where received < parts and uploaded_at < :given_up or uploaded_at < :expired
-                and uuid not in (select uuid from group_images) and exists (
-                    select 1 from symbols as later where later.binary_name = symbols.binary_name
-                        and later.received = later.parts and later.uploaded_at > symbols.uploaded_at
-                        and later.uploaded_at < :expired)
-            order by uuid limit 1
-            """, {"given_up": self.now - UPLOAD_DAYS * DAY, "expired": self._first_kept_seq >> SEQ_BITS}).fetchone()
+            where received < parts and (uploaded_at < :given_up or uuid = :uuid and (parts <> :parts or received = 0))
+                or uuid <> :uuid and uuid not in (select uuid from group_images) and (
+                    (select count(*) from symbols where uuid <> :uuid) >= :most
+                    or uploaded_at < :expired and exists (
+                        select 1 from symbols as later where later.binary_name = symbols.binary_name
+                            and later.received = later.parts and later.uploaded_at > symbols.uploaded_at
+                            and later.uploaded_at < :expired))
+            order by uploaded_at, uuid limit 1
+            """, {"uuid": uuid, "parts": parts, "most": MAX_SYMBOL_BUILDS + (not uuid), "given_up": self.now
+                  - UPLOAD_DAYS * DAY, "expired": self._first_kept_seq >> SEQ_BITS}).fetchone()
         return self._drop_symbols(db, row[0]) if row else Counter()
 
     # Moving crashes to other groups
@@ -4559,36 +4537,37 @@ class SymbolStore(Deletion):
         checked; 0 if there is nothing left to do."""
         batches, deadline, symbols = 0, time.monotonic() + STEP_SECONDS, Symbols(db)
         while row := db.execute("select * from regroupings order by app_id, group_hash limit 1").fetchone():
-            self._regroup_crashes(db, symbols, deadline, row)
+            self._regroup_crashes(db, symbols, deadline, *row)
             batches += 1
             if time.monotonic() > deadline:
                 break
         return batches
 
-    def _regroup_crashes(self, db: Connection, symbols: Symbols, deadline: float, row: Row) -> None:
-        """Checks a batch of crashes of a group, those after the seq in a row of `regroupings`. Moves those that belong
-        to another group now, and updates the row, or deletes it when no crash is left."""
-        app_id, group, last_seq, target = row
-        is_first = not last_seq
-        moves: dict[int, tuple[str, str | None]] = {}  # by seq: the new group and images
+    def _regroup_crashes(self, db: Connection, symbols: Symbols, deadline: float, app_id: int, group: str,
+                         last_seq: int, target: str) -> None:
+        """Checks a batch of crashes of a group, those after `last_seq`. Moves those that belong to another group now,
+        and updates the row of `regroupings`, or deletes it when no crash is left."""
+        pending = self._to_regroup.get((app_id, group, last_seq)) or [seq for seq, in db.execute("""
+            select seq from crashes where app_id = ? and group_hash = ? and seq > ? and group_hash <> ?
+            order by seq limit ?""", (app_id, group, last_seq, OTHER, 100 * REGROUP_ROWS))]  # reads the whole group
+        batch, is_first = pending[:REGROUP_ROWS], not last_seq
+        moves: dict[int, Row] = {}  # by seq: the new group and images, and the stack trace
         target_of = lru_cache(None)(partial(_group_and_images, symbols, group))  # equal crashes are common
-        checked, pending = 0, self._crashes_after(db, app_id, group, last_seq)
-        for seq in pending[:REGROUP_ROWS]:
-            for images, exception_type, trace, extra in db.execute("""
-                    select images, exception_type, stack_trace, extra from crashes where seq = ?
-                    """, (seq,)).fetchall():  # none if it was deleted meanwhile
-                last_seq = seq
-                new = target_of(exception_type, trace, is_trace_cut(extra))
-                if new != (group, images):
-                    moves[seq] = new
-            checked += 1
+        for seq, images, exception_type, trace, extra in sorted(rows_of(db, """
+                select seq, images, exception_type, stack_trace, extra
+                from (values *) as keys cross join crashes on seq = column1""", [(seq,) for seq in batch])):
+            new = target_of(exception_type, trace, is_trace_cut(extra))
+            if new != (group, images):
+                moves[seq] = *new, trace
             if time.monotonic() > deadline:
+                batch = batch[:batch.index(seq) + 1]
                 break
-        self._to_regroup = (app_id, group, last_seq), pending[checked:]
+        last_seq = batch[-1] if batch else last_seq
+        self._to_regroup = {(app_id, group, last_seq): pending[len(batch):]}
         if moves:
             target = self._move_crashes(db, symbols, app_id, group, moves, is_first) or target
-        if checked and db.execute("select 1 from crashes where app_id = ? and group_hash = ? limit 1",
-                                  (app_id, group)).fetchone():
+        if batch and db.execute("select 1 from crashes where app_id = ? and group_hash = ? limit 1",
+                                (app_id, group)).fetchone():
             db.execute("update regroupings set seq = ?, target = ? where app_id = ? and group_hash = ?",
                        (last_seq, target, app_id, group))
             return
@@ -4600,34 +4579,24 @@ class SymbolStore(Deletion):
                 """, (app_id, group)).fetchone():  # its latest crash has moved, and it is too large for `save`
             RollUps(db, self.now, symbols).figures[Groups].show_latest(app_id, group)
 
-    def _crashes_after(self, db: Connection, *position: Any) -> list[int]:
-        """The seqs of crashes after a position: app_id, group_hash and seq. Each look-up goes through the whole group,
-        so it fetches enough for many steps."""
-        known_position, seqs = self._to_regroup
-        return seqs if known_position == position and seqs else [seq for seq, in db.execute("""
-            select seq from crashes
-            where app_id = ? and group_hash = ? and seq > ? and group_hash <> ?
-            order by seq limit ?""", (*position, OTHER, 100 * REGROUP_ROWS))]
-
-    def _move_crashes(self, db: Connection, symbols: Symbols, app_id: int, group: str,
-                      moves: Mapping[int, tuple[str, str | None]], is_first: bool) -> str:
+    def _move_crashes(self, db: Connection, symbols: Symbols, app_id: int, group: str, moves: Mapping[int, Row],
+                      is_first: bool) -> str:
         """Gives crashes of a group another group and images. `first_seen` moves with the first crash of the group,
         because earlier ones may have expired. Returns the last new group; "" if only images changed."""
-        seqs, source = [(seq,) for seq in moves], "from (values *) as keys cross join crashes on seq = column1"
-        rollups, before = RollUps(db, self.now, symbols), counted_rows(db, Crash, source, seqs)
-        traces: dict[int, str | None] = dict(rows_of(db, "select seq, stack_trace " + source, seqs))
-        after = [crash._replace(group_hash=moves[crash.seq][0], images=moves[crash.seq][1],
-                                stack_trace=traces[crash.seq]) for crash in before]
+        rollups, before = RollUps(db, self.now, symbols), counted_rows(
+            db, Crash, "from (values *) as keys cross join crashes on seq = column1", [(seq,) for seq in moves])
+        after = [crash._replace(**dict(zip(("group_hash", "images", "stack_trace"), moves[crash.seq])))
+                 for crash in before]
         first = db.execute("select first_seen, first_version, came_at from groups where app_id = ? and group_hash = ?",
                            (app_id, group)).fetchone() if is_first else None
         rollups.figures[Groups].count(Crash, after, 1)
         db.executemany("update crashes set group_hash = ?, images = ? where seq = ?",
-                       [(*new, seq) for seq, new in moves.items()])
+                       [(crash.group_hash, crash.images, crash.seq) for crash in after])
         rollups.figures[Groups].count(Crash, before, -1)
         rollups.save()
         self._note_windows(db)
         update_triage(db, self.now, rollups, [crash for crash in after if crash.group_hash != group], are_moved=True)
-        targets = [target for target, _ in moves.values()]
+        targets = [target for target, *_ in moves.values()]
         if first:
             first_seen, first_version, came_at = first
             db.execute("""

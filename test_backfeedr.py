@@ -45,7 +45,7 @@ import tracemalloc
 import weakref
 import zipfile
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import date, datetime, timezone
@@ -2120,7 +2120,7 @@ def test_the_bytes_of_a_build_and_the_number_of_builds_are_limited(api, monkeypa
 
     def assert_refused(*request):
         status, answer = upload(api.server, *request)
-        assert (status, answer["error"]) == (400, "too many symbols") and f"'symbols delete {HELD}'" in answer["detail"]
+        assert (status, answer["error"]) == (400, "too many symbols") and "'symbols delete'" in answer["detail"]
 
     before = symbol_rows(api.server)
     assert_refused(parts[2])
