@@ -691,34 +691,24 @@ def canonical_name(symbol: str) -> str:
 
 
 @lru_cache(maxsize=2048)
-def _is_specific(label: str) -> bool:
-    return not _UNSPECIFIC.fullmatch(label)
-
-
-# The first of these rules that any frame meets chooses the frames of the group: own code, then specific names of other
-# code (symbols before binaries), then whatever there is.
-_GROUP_RULES: Sequence[Callable[[Frame], object]] = (
-    lambda frame: frame.is_own and _is_specific(frame.label),
-    lambda frame: frame.symbol and _is_specific(frame.label) and not _ABORTING.fullmatch(frame.label),
-    lambda frame: frame.label and _is_specific(frame.label) and not _ABORTING.fullmatch(frame.label),
-    lambda frame: frame.is_own or frame.symbol,
-    lambda frame: frame.label)
+def _is_specific(label: str, is_own: bool) -> bool:
+    """Whether a name tells where a fault is. The app's own functions may be named like those of an abort."""
+    return not (_UNSPECIFIC.fullmatch(label) or not is_own and _ABORTING.fullmatch(label))
 
 
 def group_hash(exception_type: str, frames: Iterable[Frame]) -> str:
     """The group of a crash: a hash of its exception type and of the first three names in frames of the app's own code.
-    Without own code, other frames count. A frame without a name counts as its build and offset. Reads no more frames
-    than it needs, which is mostly the first few."""
-    names: list[str] = []
-    for rule in _GROUP_RULES:
-        candidates, frames = tee(frames)  # as they are read lazily
-        for frame in candidates:
-            if rule(frame) and (label := frame.label) not in names[-1:]:  # without repeated neighbours
-                names.append(label)
-                if len(names) == 3:
-                    break
-        if names:
-            break
+    Without own code, other functions count, else other code without names, else what is in every program or abort. A
+    frame without a name counts as its build and offset. Reads no more frames than it needs, mostly the first few."""
+    own, functions, places, others = (list[str]() for _ in range(4))  # names, without repeated neighbours
+    for frame in frames:
+        label, is_own = frame.label, bool(frame.is_own)
+        names = others if not _is_specific(label, is_own) else own if is_own else functions if frame.symbol else places
+        if (label or is_own) and label not in names[-1:]:
+            names.append(label)
+            if len(own) == 3:
+                break
+    names = (own or functions or places or others)[:3]
     return hashlib.sha256(":".join([exception_type, *names]).encode()).hexdigest()[:16]
 
 
@@ -1818,7 +1808,7 @@ class Symbols:
         """The group that follows from symbolicated frames. If others were cut and none of these is the app's own, the
         crash stays in its group: the frames that decided it may be gone."""
         named, searched = tee(map(read_frame, self.symbolicated(frames)))
-        if is_cut and not any(map(_GROUP_RULES[0], searched)):
+        if is_cut and not any(frame.is_own and _is_specific(frame.label, True) for frame in searched):
             return group
         return group_hash(exception_type, named)
 
