@@ -1361,7 +1361,7 @@ def _ips_crash(body: JsonObject) -> JsonObject:
         **{name: value for name, value in (*kept.items(), ("termination", termination)) if value},
         "exception_type": exception_type, "exception_reason": reason, "stack_trace": _ips_trace(body),
         "app_version": _at(body, "app_version") or _at(body, "bundleInfo.CFBundleShortVersionString"),
-        "build_number": _at(body, "build_version") or _at(body, "bundleInfo.CFBundleVersion"),
+        "build_number": _at(body, "build_version") or _at(body, "bundleInfo", dict).get("CFBundleVersion"),
         "os_version": _os_version(_at(body, "osVersion.train") or _at(body, "os_version")),
         "device_model": _at(body, "modelCode"),
         "occurred_at": _apple_time(body.get("captureTime"), body.get("timestamp"))}
@@ -1385,15 +1385,18 @@ def _ips_exception(body: JsonObject) -> tuple[str, str]:
 
 def _ips_trace(body: JsonObject) -> list[JsonObject]:
     """The frames of the exception, or of the thread that crashed if there is no exception."""
-    images, threads = (dict[Any, Any](enumerate(_at(body, name, list))) for name in ("usedImages", "threads"))
-    triggered = (thread for thread in _items(body.get("threads")) if thread.get("triggered") is True)
-    thread: Any = threads.get(_integer(body.get("faultingThread"))) or next(triggered, {})
-    frames = _items(body.get("lastExceptionBacktrace")) or _items(_at(thread, "frames", list))
+    images, threads = ({index: item for index, item in enumerate(_at(body, name, list)) if type(item) is dict}
+                       for name in ("usedImages", "threads"))
+    triggered = (thread for thread in threads.values() if thread.get("triggered") is True)
+    index: Any = _integer(body.get("faultingThread"))
+    thread = threads.get(index) or next(triggered, {})
+    frames = _items(body.get("lastExceptionBacktrace")) or _items(thread.get("frames"))
     main_path, trace = _at(body, "procPath")[:MAX_PATH], []
     for number, frame in _limit_length([*enumerate(frames)], spare_frames=1):
-        image = images.get(_integer(frame.get("imageIndex")))
-        path, uuid = _at(image, "path")[:MAX_PATH], image_uuid(_at(image, "uuid"))
-        binary = (_at(image, "name") or path.rpartition("/")[2]).replace("???", "")
+        index = _integer(frame.get("imageIndex"))
+        frame = {**images.get(index, {}), **frame}
+        path, uuid = _at(frame, "path")[:MAX_PATH], image_uuid(frame.get("uuid"))
+        binary = (_at(frame, "name") or path.rpartition("/")[2]).replace("???", "")
         offset = _integer(frame.get("imageOffset")) if binary or uuid else None  # without an image it is an address
         is_own = True if path and path == main_path else is_own_code("", path, None, binary)
         trace.append(_api_frame(number, binary, uuid, offset, is_own, frame))
@@ -1401,8 +1404,8 @@ def _ips_trace(body: JsonObject) -> list[JsonObject]:
 
 
 _CRASH_HEADER = re.compile(r"^([A-Z][\w /]{1,40}):(.*)", re.M)
-_CRASH_TYPE = re.compile(r"(\w+)(?: \((\w+))?")
-_TERMINATION = re.compile(r"(?:Namespace )?(\w+),? (?:Code )?(0x[0-9a-f]{1,16}|[0-9]{1,19})\b[, ]*(.*)", re.I)
+_CRASH_TYPE = re.compile(r"\A(\w+)(?: \((\w+))?")
+_TERMINATION = re.compile(r"\A(?:Namespace )?(\w+),? (?:Code )?(0x[0-9a-f]{1,16}|[0-9]{1,19})\b[, ]*(.*)", re.I)
 _CRASH_FRAME = re.compile(r"^[0-9]{1,9}[ \t](.*?)0x([0-9a-f]{1,16})\b(.*)", re.M | re.I)
 _CRASH_SYMBOL = re.compile(  # Cart.total() + 112 (Cart.swift:12), or Cart.total() (in Shop) (Cart.swift:12) + 112
     r"(?!0x)(.*?)(?: \(in [^()]{1,200}\))?(?: \+ [0-9]+)?(?: \[inlined\])?"
@@ -1418,23 +1421,24 @@ def _crash_text_as_ips(text: str) -> JsonObject:
     text = text.replace("\x00", "\ufffd").replace("\r\n", "\n")
     headers = reversed(_CRASH_HEADER.findall(text))  # of two with the same name, the first counts
     header = defaultdict(str, {name: value.strip() for name, value in headers})
-    types, termination = _CRASH_TYPE.match(header["Exception Type"]), _TERMINATION.match(header["Termination Reason"])
+    (mach, signal), = _CRASH_TYPE.findall(header["Exception Type"]) or [("", "")]
+    (namespace, code, indicator), = _TERMINATION.findall(header["Termination Reason"]) or [("", "", "")]
     version, _, build = header["Version"].replace("???", "").rstrip(") ").partition("(")
     if re.match(r"iPhone OS ([0-9]|1[0-4])\b", header["OS Version"]):  # wrote the build first
         version, build = build, version
-    context = re.search("^<RBSTerminateContext.*", text, re.M)
+    context = re.findall("^<RBSTerminateContext.*", text, re.M)
     return {
-        "exception": {"type": types and types[1], "signal": types and types[2], "codes": header["Exception Codes"],
+        "exception": {"type": mach, "signal": signal, "codes": header["Exception Codes"],
                       "subtype": header["Exception Subtype"] or re.sub("^[^A-Z].*", "", header["Exception Codes"])},
-        "termination": {"details": [header["Termination Description"] or (context and context[0])],
-                        "namespace": termination and termination[1], "code": termination and _integer(termination[2]),
-                        "indicator": termination and termination[3]},
+        "termination": {"namespace": namespace, "code": _integer(code), "indicator": indicator,
+                        "details": [*filter(None, [header["Termination Description"]]), *context][:1]},
         "asi": {"": [_paragraph_after("Application Specific Information", text)]},
         "bundleInfo": {"CFBundleShortVersionString": version.strip(), "CFBundleVersion": build.strip(),
                        "CFBundleIdentifier": header["Identifier"]},
         "procName": header["Process"].partition(" [")[0], "procPath": header["Path"],
         "cpuType": header["Code Type"].partition(" (")[0], "osVersion": {"train": header["OS Version"]},
-        "modelCode": header["Hardware Model"], "captureTime": header["Date/Time"], **_crash_text_stack(text)}
+        "modelCode": header["Hardware Model"], "captureTime": header["Date/Time"],
+        "lastExceptionBacktrace": _crash_text_frames(text)}
 
 
 def _paragraph_after(title: str, text: str) -> str:
@@ -1443,26 +1447,25 @@ def _paragraph_after(title: str, text: str) -> str:
     return re.split(r"\n[ \t]*\n", text[match.end():], maxsplit=1)[0] if match else ""
 
 
-def _crash_text_stack(text: str) -> JsonObject:
-    """The frames and images in the form of an .ips body. A frame's address tells which image it is in."""
+def _crash_text_frames(text: str) -> list[JsonObject]:
+    """The frames in the form of an .ips body, each with the fields of its image, which its address tells."""
     images_by_start = {int(start, 16): (int(end, 16), {"path": path.strip(), "uuid": uuid})
                        for start, end, uuid, path in _CRASH_IMAGE.findall(text)}
-    images_by_start[0] = 0, {}  # its image "???" contains every address
+    images_by_start[0] = -1, {}  # its image "???" contains every address
     stack = _paragraph_after("Last Exception Backtrace|Thread [0-9]{1,9} Crashed", text)
     lines = _CRASH_FRAME.findall(stack)
     if stack[:1] == "(":  # the backtrace of an exception without symbols is one line of addresses
         lines = [("", digits, "") for digits in re.findall(r"0x([0-9a-f]{1,16})\b", stack)]
-    starts, frames, images = sorted(images_by_start), list[JsonObject](), list[JsonObject]()
+    starts, frames = sorted(images_by_start), list[JsonObject]()
     for binary, digits, place in lines[:2000]:  # Apple's tools write up to 512
         address, match = int(digits, 16), _CRASH_SYMBOL.fullmatch(place.strip())
         start = starts[bisect_right(starts, address) - 1]
         end, image = images_by_start[start]
-        images.append({**(image if address <= end else {}), "name": binary.strip()})
-        symbol, file, line = match.groups() if match else (None, None, None)
-        frames.append({"imageIndex": len(frames), "imageOffset": address - start if address <= end else None,
-                       "symbol": symbol, "sourceFile": file, "sourceLine": int(line) if line else None,
-                       "inline": "[inlined]" in place})
-    return {"usedImages": images, "lastExceptionBacktrace": frames}
+        symbol, file, line = match.groups() if match else ("", "", None)
+        frames.append({**(image if address <= end else {}), "name": binary.strip(),
+                       "imageOffset": address - start if address <= end else None, "symbol": symbol,
+                       "sourceFile": file, "sourceLine": _integer(line), "inline": "[inlined]" in place})
+    return frames
 
 
 # == Diagnostics ===============================================================
@@ -1739,17 +1742,11 @@ Function = tuple[str, str, int]  # name, file or "", and line or 0
 class Symbols:
     """The stored symbols, as one transaction sees them."""
 
-    def __init__(self, db: Any):
-        self._db = db
+    def __init__(self, db: Any, max_lookups: int = MAX_NUMBER):
+        self._db, self.lookups_left = db, max_lookups
         self._held: dict[str, bool] = {}
         self._functions: dict[tuple[str, int], list[Function]] = {}  # by build and offset
         self._page: Any = None  # a cached _read_page, made late because few commits need it
-        self.max_lookups = MAX_NUMBER  # in the transaction
-
-    @property
-    def lookups(self) -> int:
-        """How many instructions were looked up."""
-        return len(self._functions)
 
     def is_held(self, uuid: str) -> bool:
         """Whether all symbols of a build are stored."""
@@ -1777,15 +1774,16 @@ class Symbols:
             yield strings[name], strings[file] if file >= 0 else "", line
             depth += 1
 
-    def symbolicated(self, frames: Iterable[JsonObject], new_lookups: int = GROUPED_LOOKUPS) -> Iterator[JsonObject]:
+    def symbolicated(self, frames: Iterable[JsonObject], max_lookups: int = GROUPED_LOOKUPS) -> Iterator[JsonObject]:
         """The frames, symbolicated: each becomes a frame for every function at its instruction, innermost first. A
-        frame stays as it is if its symbols are unknown, or after `new_lookups` more look-ups."""
-        max_lookups, is_return_address = min(self.lookups + new_lookups, self.max_lookups), False
+        frame stays as it is if its symbols are unknown, or after so many look-ups."""
+        last_left, is_return_address = max(0, self.lookups_left - max_lookups), False
         for frame in frames:
             read, functions = read_frame(frame), list[Function]()
             if read.uuid and read.offset is not None and not read.file and self.is_held(read.uuid):
                 instruction = read.uuid, max(0, read.offset - int(is_return_address))  # the call, not what follows it
-                if instruction not in self._functions and self.lookups < max_lookups:
+                if instruction not in self._functions and self.lookups_left > last_left:
+                    self.lookups_left -= 1
                     self._functions[instruction] = list(self.lookup(*instruction))
                 functions = self._functions.get(instruction, [])
             if not functions:
@@ -4125,7 +4123,7 @@ class Commit:
             if earlier and earlier[0] != request:
                 submission.error = Refusal("idempotency key reused with a different body")
                 continue
-            self._symbols.max_lookups = self._symbols.lookups + REQUEST_LOOKUPS  # as nobody else can write meanwhile
+            self._symbols.lookups_left = REQUEST_LOOKUPS  # as nobody else can write meanwhile
             submission.reports = reports = self.regrouped(submission.reports)  # also of a replay, for its answer
             seqs = earlier[1] if earlier else range(seq, seq + len(reports))
             if not earlier:
@@ -4153,7 +4151,7 @@ class Commit:
         for report in reports:
             if type(report) is Crash and self._symbols.can_name(report.images):
                 report = self._symbols.regrouped(report)
-                if self._symbols.lookups >= self._symbols.max_lookups:
+                if not self._symbols.lookups_left:
                     self._to_move.add(report.group_hash)
             done.append(report)
         return done
@@ -5540,7 +5538,7 @@ def crash_free_rate(crashes: int, sessions: int) -> float:
 def _load_reports(db: Connection, table: str, seqs: Sequence[int], max_text: int = PAGE_CHARACTERS) -> list[JsonObject]:
     """Crashes or events as they were sent, each with its app and the time of its receipt: the first one, and those that
     fit with it in `max_text` characters."""
-    apps, reports, symbols = dict(db.execute("select id, name from apps")), [], Symbols(db)
+    apps, reports, symbols = dict(db.execute("select id, name from apps")), [], Symbols(db, SHOWN_LOOKUPS)
     rows = (dict_rows(db, f"select * from {table} where seq = ?", (seq,))[0] for seq in seqs)
     for row in rows_that_fit(rows, max_text, lambda row: text_size(row.values())):
         report = as_sent({"id": row.pop("id"), "app": apps.get(row.pop("app_id")), **row})
@@ -5553,7 +5551,7 @@ def _symbolicate(symbols: Symbols, report: JsonObject) -> None:
     """Names the frames of `stack_trace`. If that changes them, keeps those that were sent as `raw_stack_trace`."""
     frames = report.get("stack_trace")
     if type(frames) is list and all(type(frame) is dict for frame in frames):
-        report["stack_trace"] = list(symbols.symbolicated(frames, SHOWN_LOOKUPS - symbols.lookups))
+        report["stack_trace"] = list(symbols.symbolicated(frames, SHOWN_LOOKUPS))
         if report["stack_trace"] != frames:
             report["raw_stack_trace"] = frames
 
