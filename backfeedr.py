@@ -1251,7 +1251,8 @@ def _decode_payload(text: str) -> Any:
 
 def _heaviest_path(parts: Iterable[JsonObject]) -> list[JsonObject]:
     """The path that most samples took, from one of the outermost frames inwards. See _decode_payload for `parts`."""
-    open_frames, paths = list[JsonObject](), [(-1, list[JsonObject]())]  # of each open list, the heaviest: from its end
+    open_frames = list[JsonObject]()
+    paths = [(-1, list[JsonObject]())]  # for each open list, its heaviest frame: the samples, and the path back to it
     for part in parts:
         path = list[JsonObject]()
         if part.get("subFrames") == "[":
