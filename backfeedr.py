@@ -2184,20 +2184,18 @@ class MergedRows:
                 self._known[row[:width]] = make(row[width:])
         return self._known
 
-    def save(self) -> list[tuple[Row, Any, Any]]:
-        """Writes the rows that change; returns each key with its row before, or None, and its row after."""
-        if not self.learned:
-            return []
-        rows, changed, stored = [], [], self.stored(self.learned)
+    def save(self) -> list[tuple[Row, Any, int]]:
+        """Writes the rows that change. Returns them with their keys: as they were, with -1, and as they are, with 1."""
+        counts, changed, stored = [], [], self.stored(self.learned)
         for key, row in self.learned.items():
             before = stored.get(key)
             after = before.merged(row) if before else row
-            rows.append((key, before, after))
             if after != before:
+                counts += [(key, before, -1), (key, after, 1)] if before else [(key, after, 1)]
                 changed.append((*key, *after))
                 self._known[key] = after
         upsert(self._db, self._table, changed, _replacements(self._kind._fields))
-        return rows
+        return counts
 
 
 def upsert(db: Any, table: str, rows: Sequence[Row], changes: str) -> None:
@@ -2645,10 +2643,8 @@ class Sessions(Figure):
                 self._changed_days.add((app_id, day))
 
     def save(self) -> None:
-        for key, before, after in self._sessions.save():
-            if before is None or before[2:] != after[2:]:
-                self._count_session(key[0], before or Session(), -1)
-                self._count_session(key[0], after, 1)
+        for key, session, by in self._sessions.save():
+            self._count_session(key[0], session, by)
         delete_rows(self._db, "medians", self._changed_days)
 
     def store_medians(self) -> None:
@@ -2688,6 +2684,8 @@ class SeenVersion(NamedTuple):
 
     def merged(self, other: SeenVersion) -> SeenVersion:
         crash_hour = min(self.crash_hour or MAX_NUMBER, other.crash_hour or MAX_NUMBER)
+        if crash_hour == (self.crash_hour or MAX_NUMBER) and self.first_hour <= other.first_hour:
+            return self  # mostly
         return SeenVersion(min(self.first_hour, other.first_hour), crash_hour if crash_hour < MAX_NUMBER else None)
 
 
@@ -2740,30 +2738,25 @@ class Devices(Figure):
                 for (app_id, device), seq in last_seqs.items()])
 
     def save(self) -> None:
-        devices = self._devices.save()
-        self._save_days(devices)
-        for (app_id, _), before, after in devices:
-            if before is None or before.last_hour != after.last_hour:
-                self._sums["device_hours"]["devices"][app_id, after.last_hour] += 1
-                if before:
-                    self._sums["device_hours"]["devices"][app_id, before.last_hour] -= 1
+        self._save_days()
+        for (app_id, _), device, by in self._devices.save():
+            self._sums["device_hours"]["devices"][app_id, device.last_hour] += by
         for (app_id, column, first, end), count in self._spans.items():  # many devices share a span
             for day in range(first, end) if count else ():
                 self._sums["active_days"][column][app_id, day] += count
-        for (app_id, _, version), before, after in self._versions.save():
-            for seen, by in ((before, -1), (after, 1)) if before != after else ():
-                if seen:
-                    self._count_version(app_id, version, seen, by)
+        for (app_id, _, version), seen, by in self._versions.save():
+            self._count_version(app_id, version, seen, by)
 
-    def _save_days(self, devices: Sequence[tuple[Row, SeenDevice | None, SeenDevice]]) -> None:
+    def _save_days(self) -> None:
         """Saves days on which devices were not seen before. Mostly last_hour shows that there are none."""
-        changed = [(key, before, after) for key, before, after in devices if before is None
-                   or after.first_day < before.first_day or self._days[key] - {before.last_hour // 24}]
-        ranges = []  # of days that decide what changes
-        for key, before, _ in changed:
-            if before:
-                days = {*self._days[key], self._devices.learned[key].first_day, before.first_day}
-                ranges.append((*key, min(days) - 30, max(days) + 30))
+        stored, changed, ranges = self._devices.stored(self._devices.learned), [], []  # ranges of days that may change
+        for key, seen in self._devices.learned.items():
+            before = stored.get(key)
+            if before is None or seen.first_day < before.first_day or self._days[key] - {before.last_hour // 24}:
+                changed.append((key, before, before.merged(seen) if before else seen))
+                if before:
+                    days = {*self._days[key], seen.first_day, before.first_day}
+                    ranges.append((*key, min(days) - 30, max(days) + 30))
         days_of: dict[Row, list[int]] = defaultdict(list)
         for app_id, device, day in rows_of(self._db, """
                 select app_id, device, day from (values *) as keys cross join device_days

@@ -5826,9 +5826,10 @@ TABLES_OF = {
     "daily_crashes": "crash_days", "active_devices": "active_days", "devices": "labels", "crash_types": "labels",
     "sessions": "session_days", "retention": "cohorts", "event_names": "event_names event_names*",
     "overview": "crash_days session_days group_days groups device_hours",
-    "releases": "release_days session_days builds* release_sums release_hours", "groups": "groups groups* triage* crashes",
-    "groups, of days": "crash_days group_days groups groups* crashes", "group": "groups group_images* crashes", "crash": "crashes",
-    "attention": "group_days groups triage builds* crashes", "neighbours": "crashes", "days_of_groups": "crashes",
+    "releases": "release_days session_days builds* release_sums release_hours",
+    "groups": "groups groups* triage* crashes", "groups, of days": "crash_days group_days groups groups* crashes",
+    "group": "groups group_images* crashes", "crash": "crashes", "neighbours": "crashes", "days_of_groups": "crashes",
+    "attention": "group_days groups triage builds* crashes",
     "events": "events sessions", "events, oldest first": "events sessions",
     "a commit": "devices device_days device_versions builds sessions crashes"}
 
