@@ -2015,6 +2015,13 @@ def verdict(newer: Health, previous: Health) -> JsonObject | None:
             "interval": [round(100 * low, 1), round(100 * high, 1)] if least else None}
 
 
+def crash_free_rate(crashes: int, sessions: int) -> float:
+    """The percentage of sessions without a crash, with two decimals."""
+    if not sessions:
+        return 0.0 if crashes else 100.0
+    return round(max(0.0, 100 * (1 - crashes / sessions)), 2)
+
+
 def _percentages(*shares: float) -> list[str]:
     """Shares in percent, with as many decimals, up to two, as tell them from each other and from 100 %."""
     for decimals in range(3):
@@ -2486,20 +2493,23 @@ class SeenReleases:
             where {APP_FILTER} and day between :first and :last
             group by {columns}""", self._parameters)}
 
-    def latest(self) -> list[JsonObject]:
-        """The latest 100 releases, each with its sums, its sessions, those of its app, and its verdict or None."""
+    def latest(self) -> Iterator[JsonObject]:
+        """The latest 100 releases, the last to appear first, as the API shows them."""
         latest = sorted(self._releases, key=itemgetter(2), reverse=True)[:100]  # by first_seen
-        names, columns = dict(self._db.execute("select id, name from apps")), SUMS["release_sums"].columns
-        of_release, of_app = (self._sessions(table, columns) for table, columns in (
-            ("release_days", "app_id, app_version"), ("session_days", "app_id")))
-        keys = [release[:2] for release in latest]
+        keys, names = [release[:2] for release in latest], dict(self._db.execute("select id, name from apps"))
+        of_release = self._sessions("release_days", "app_id, app_version")
+        of_app, verdicts = self._sessions("session_days", "app_id"), self.verdicts(keys)
         sums = {row[:2]: row[2:] for row in rows_of(self._db, QUERIES_BY_KEY["release_sums"], keys)}
-        verdicts = self.verdicts(keys)
-        return [{"app": names[app_id], "app_version": version, "first_seen": first_seen, "last_seen": last_seen,
-                 **dict(zip(columns, sums.get((app_id, version), repeat(0)))),
-                 "recent_sessions": of_release.get((app_id, version), 0), "app_sessions": of_app.get((app_id,), 0),
-                 "verdict": verdicts.get((app_id, version))}
-                for app_id, version, first_seen, last_seen in latest]
+        for app_id, version, first_seen, last_seen in latest:
+            key = app_id, version
+            sessions, crashed_sessions, crashes, devices, crashed_devices = sums.get(key, [0] * 5)
+            yield {"app": names[app_id], "app_version": version, "sessions": sessions, "crashes": crashes,
+                   "crashed_sessions": crashed_sessions,
+                   "crash_free_sessions": crash_free_rate(crashed_sessions or crashes, sessions) if sessions else None,
+                   "by": "session" if crashed_sessions else "count",
+                   "crash_free_devices": crash_free_rate(crashed_devices, devices) if devices else None,
+                   "adoption": round(100 * of_release.get(key, 0) / (of_app.get((app_id,)) or 1), 2),
+                   "first_seen": iso_time(first_seen), "last_seen": iso_time(last_seen), "verdict": verdicts.get(key)}
 
     def newest(self) -> dict[int, str]:
         """The newest release of each app, by app_id: the last one that came. An old version that comes late is not the
@@ -5491,10 +5501,10 @@ class PublicMetrics:
         if sort not in (None, "version", "first_seen"):
             raise Refusal("invalid sort", detail="it is not one of version, first_seen")
         with self._snapshot(app) as (db, app_id):
-            rows = SeenReleases(db, app_id, self._store.now).latest()
+            releases = list(SeenReleases(db, app_id, self._store.now).latest())
         if sort == "version":
-            rows.sort(key=lambda row: version_key(row["app_version"]), reverse=True)
-        return {"releases": list(rows_that_fit(map(_release_json, rows)))}
+            releases.sort(key=lambda release: version_key(release["app_version"]), reverse=True)
+        return {"releases": list(rows_that_fit(releases))}
 
     def newest_releases(self, app: str | None = None) -> list[JsonObject]:
         """The newest release of each app with its verdict, those that are worse than before first."""
@@ -5511,25 +5521,6 @@ class PublicMetrics:
         with self._snapshot(app) as (db, app_id):
             return not any(db.execute(f"select 1 from {table} where {APP_FILTER} limit 1", {"app": app_id}).fetchone()
                            for table in ("crash_days", "session_days", "event_names"))
-
-
-def _release_json(row: JsonObject) -> JsonObject:
-    """A row of SeenReleases.latest() as the API shows it."""
-    sessions, devices, crashed_sessions = row["sessions"], row["devices"], row["crashed_sessions"]
-    return {**{name: row[name] for name in ("app", "app_version", "sessions", "crashes", "crashed_sessions")},
-            "crash_free_sessions": crash_free_rate(crashed_sessions or row["crashes"], sessions) if sessions else None,
-            "by": "session" if crashed_sessions else "count",
-            "crash_free_devices": crash_free_rate(row["crashed_devices"], devices) if devices else None,
-            "adoption": round(100 * row["recent_sessions"] / (row["app_sessions"] or 1), 2),
-            "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"]),
-            "verdict": row["verdict"]}
-
-
-def crash_free_rate(crashes: int, sessions: int) -> float:
-    """The percentage of sessions without a crash, with two decimals."""
-    if not sessions:
-        return 0.0 if crashes else 100.0
-    return round(max(0.0, 100 * (1 - crashes / sessions)), 2)
 
 
 # == Stored reports ============================================================
