@@ -114,7 +114,7 @@ import tempfile
 import threading
 import time
 import zlib
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, bisect_right
 from collections import ChainMap, Counter, defaultdict, deque, namedtuple
 from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -1967,6 +1967,13 @@ def verdict(newer: Health, previous: Health) -> JsonObject | None:
             "interval": [round(100 * low, 1), round(100 * high, 1)] if least else None}
 
 
+def crash_free_rate(crashes: int, sessions: int) -> float:
+    """The percentage of sessions without a crash, with two decimals."""
+    if not sessions:
+        return 0.0 if crashes else 100.0
+    return round(max(0.0, 100 * (1 - crashes / sessions)), 2)
+
+
 def _percentages(*shares: float) -> list[str]:
     """Shares in percent, with as many decimals, up to two, as tell them from each other and from 100 %."""
     for decimals in range(3):
@@ -1976,16 +1983,15 @@ def _percentages(*shares: float) -> list[str]:
 
 
 # == Figures ===================================================================
-# What the server counts. Each figure is a class: its tables, how reports count in it, and the questions it answers. A
-# report counts by 1 when it is stored and by -1 when its device is forgotten, in the same transaction, so each sum
-# equals a count over the rows. When reports expire, lasting sums, medians, builds and the first_seen of groups stay as
-# they are; everything else describes the reports that are kept. The command `check` counts nearly everything again.
+# What the server counts. Each figure is a class: its tables, and how reports count in it. A report counts by 1 when it
+# is stored and by -1 when its device is forgotten, in the same transaction, so each sum equals a count over the rows.
+# When reports expire, lasting sums, medians, builds and the first_seen of groups stay as they are; everything else
+# describes the reports that are kept. The command `check` counts nearly everything again.
 
 ALL_DAYS = -1_000_000  # the `day` of a label's sum over all days
 WEEK_DAYS = 7          # days of the overview, ending today
 DURATION_DAYS = 400    # days for which durations are kept: a year, and some more
 DEVICE_DAYS = 400      # a report that occurred more days than this before its receipt makes no device active
-HOURS_KEPT = 48        # hours for which device_hours are kept
 NAME_DAYS = KEY_DAYS = 90  # days for which events by name, and requests by key, are kept
 HEALTH_DAYS = 90       # the age up to which a release is compared with the previous one
 STEP_ROWS = 1000       # rows, or pages, that one step deletes, or that an export reads at a time
@@ -2008,7 +2014,6 @@ COUNTED: dict[Any, Any] = {
     Crash: namedtuple("CountedCrash", _FIELDS_OF_BOTH + "sent_type build_number group_hash images exception_type"
                                       " device_model exception_reason stack_trace"),
     Event: namedtuple("CountedEvent", _FIELDS_OF_BOTH + "type name")}
-_MAKE_COUNTED = {kind: partial(tuple.__new__, counted) for kind, counted in COUNTED.items()}  # faster than _make
 
 
 def columns_getter(kind: Any, *names: str) -> Callable[[Any], Any]:
@@ -2057,11 +2062,12 @@ def counted_reports(kind: Any, app_id: int, seqs: Sequence[int], received: Seque
                    sent_type=columns.get("exception_type"))
     for name in OTHER_FLAGS.keys() & columns.keys() if any(flags) else ():
         columns[name] = [OTHER if OTHER_FLAGS[name] & bits else value for value, bits in zip(columns[name], flags)]
-    return CountedReports(map(_MAKE_COUNTED[kind], zip(*map(columns.__getitem__, COUNTED[kind]._fields))))
+    make = partial(tuple.__new__, COUNTED[kind])  # faster than _make
+    return CountedReports(map(make, zip(*map(columns.__getitem__, COUNTED[kind]._fields))))
 
 
 class Sums:
-    """A table of sums, by app_id and the columns of `key`. Its rows are kept for `window` days or hours; 0 is forever.
+    """A table of sums, by app_id and the columns of `key`. Its rows are kept for `window` days; 0 is forever.
     If it `lasts`, reports that expire stay counted. Once some have expired, the command `check` compares only "recent"
     days, tests whether sums are "at least" those of the reports that are left, or compares nothing."""
 
@@ -2069,22 +2075,28 @@ class Sums:
         self.key, self.columns, self.window, self.lasts = key.split(), columns.split(), window, lasts
         self.check = check
 
-    def schema(self, table: str) -> str:
-        """The statement that makes the table."""
-        numbers = {"day", "hour", "seconds", *self.columns}
-        columns = [f"{name} {'integer' if name in numbers else 'text'} not null" for name in self.key + self.columns]
-        return (f"create table {table} (app_id integer not null, {', '.join(columns)},\n"
-                f"    primary key (app_id, {', '.join(self.key)})) without rowid;\n")
+
+_NUMBERS = {"day", "hour", "seconds", "device"}  # the columns of keys that are no text
+_NULLABLE = {"started_at": "integer", "ended_at": "integer", "crash_hour": "integer", "app_version": "text"}
+
+
+def table_schema(table: str, key: Sequence[str], columns: Sequence[str] = ()) -> str:
+    """The statement that makes a table of a figure: with the columns app_id, those of its key, and others."""
+    typed = [f"{name} {'integer' if name in _NUMBERS else 'text'} not null" for name in key]
+    typed += [f"{name} {_NULLABLE.get(name, 'integer not null')}" for name in columns]
+    return (f"create table {table} (app_id integer not null, {', '.join(typed)},\n"
+            f"    primary key (app_id, {', '.join(key)})) without rowid;\n")
 
 
 def sums_per_day(db: Any, app: int | None, days: range, table: str, *columns: str) -> JsonObject:
-    """Sums from a table with a row per day: for each column, a list with one sum per day."""
+    """Sums from a table with a row per day: for each column, a list with one sum per day. `labels` has their dates."""
     rows = {day: sums for day, *sums in db.execute(f"""
         select day, {", ".join(f"sum({column})" for column in columns)} from {table}
         where {APP_FILTER} and day between :first and :last
         group by day""", {"app": app, "first": days[0], "last": days[-1]})}
     zeros = [0] * len(columns)
-    return {column: [rows.get(day, zeros)[n] for day in days] for n, column in enumerate(columns)}
+    return {"labels": list(map(iso_day, days)),
+            **{column: [rows.get(day, zeros)[n] for day in days] for n, column in enumerate(columns)}}
 
 
 class Figure:
@@ -2131,20 +2143,18 @@ class MergedRows:
                 self._known[row[:width]] = make(row[width:])
         return self._known
 
-    def save(self) -> list[tuple[Row, Any, Any]]:
-        """Writes the rows that change; returns each key with its row before, or None, and its row after."""
-        if not self.learned:
-            return []
-        rows, changed, stored = [], [], self.stored(self.learned)
+    def save(self) -> list[tuple[Row, Any, int]]:
+        """Writes the rows that change. Returns them with their keys: as they were, with -1, and as they are, with 1."""
+        counts, changed, stored = [], [], self.stored(self.learned)
         for key, row in self.learned.items():
             before = stored.get(key)
             after = before.merged(row) if before else row
-            rows.append((key, before, after))
             if after != before:
+                counts += [(key, before, -1), (key, after, 1)] if before else [(key, after, 1)]
                 changed.append((*key, *after))
                 self._known[key] = after
         upsert(self._db, self._table, changed, _replacements(self._kind._fields))
-        return rows
+        return counts
 
 
 def upsert(db: Any, table: str, rows: Sequence[Row], changes: str) -> None:
@@ -2219,22 +2229,6 @@ class Crashes(Figure):
                     labels[app_id, column, ALL_DAYS, label] += by
                     labels[app_id, column, day, label] += by
 
-    @staticmethod
-    def per_day(db: Any, app: int | None, days: range) -> JsonObject:
-        """Crashes of each day."""
-        return {"data": sums_per_day(db, app, days, "crash_days", "crashes")["crashes"]}
-
-    @staticmethod
-    def most_frequent(db: Any, app: int | None, field: str, days: range | None, limit: int) -> JsonObject:
-        """The most frequent labels of these days, or of all crashes that are kept."""
-        first, last = (days[0], days[-1]) if days else (ALL_DAYS, ALL_DAYS)
-        return labels_and_counts(db.execute(f"""
-            select label, sum(crashes) from labels
-            where {APP_FILTER} and field = :field and day between :first and :last
-            group by label
-            order by sum(crashes) desc, label
-            limit :limit""", {"app": app, "field": field, "first": first, "last": last, "limit": limit}))
-
 
 class Groups(Figure):
     """The description of each group, its crashes and devices, and its crashes per UTC day of the last week. Its row is
@@ -2260,11 +2254,13 @@ create table groups (
         self._symbols = rollups.symbols
         self._inserted: dict[Row, list[Any]] = defaultdict(list)  # crashes by app_id and group_hash
         self._deleted: dict[Row, list[Any]] = defaultdict(list)
-        self.devices: dict[Row, int] = defaultdict(int)  # by app_id and group_hash: devices it gains, or loses
+        self.new_devices: dict[Row, int] = defaultdict(int)  # by app_id and group_hash
+        self._lost_devices: dict[Row, int] = defaultdict(int)
         self.may_search = SEARCHED_CRASHES  # crashes that `save` may read to find the latest ones of groups
 
     def count(self, kind: type, reports: CountedReports, by: int) -> None:
-        crashes_of = self._inserted if by > 0 else self._deleted
+        crashes_of, devices_of = ((self._inserted, self.new_devices) if by > 0 else
+                                  (self._deleted, self._lost_devices))
         group_days, group_images = self._sums["group_days"]["crashes"], self._sums["group_images"]["crashes"]
         for crash in reports:
             app_id, group = crash.app_id, crash.group_hash
@@ -2277,12 +2273,11 @@ create table groups (
         if by > 0:
             devices = {device for device in devices if device not in self._known.group_devices}
             self._known.group_devices |= devices
-        for app_id, group in rows_of(self._db, """
+        for key in rows_of(self._db, """
                 select column1, column2 from (values *) as keys where not exists (
-                    select 1 from crashes
-                    where app_id = column1 and group_hash = column2 and device_id_hash = column3)
+                    select 1 from crashes where app_id = column1 and group_hash = column2 and device_id_hash = column3)
                 """, list(devices)):
-            self.devices[app_id, group] += by
+            devices_of[key] += 1
 
     def save(self) -> None:
         of_latest = ", ".join(f"""{column} = case when groups.crashes <= 0 or excluded.last_seen >= groups.last_seen
@@ -2295,17 +2290,16 @@ create table groups (
             crashes = groups.crashes + excluded.crashes, devices = groups.devices + excluded.devices,
             came_at = min(groups.came_at, excluded.came_at)""")
         for key, crashes in self._deleted.items():
-            devices = 0 if key in self._inserted else self.devices[key]  # 0: the statement above has added them
             self._db.execute("""
-                update groups set crashes = crashes - ?, devices = devices + ? where app_id = ? and group_hash = ?
-                """, (len(crashes), devices, *key))
+                update groups set crashes = crashes - ?, devices = devices - ? where app_id = ? and group_hash = ?
+                """, (len(crashes), self._lost_devices[key], *key))
             self._describe_again(key, crashes)
 
     def _row(self, key: Row, crashes: Sequence[Any]) -> Row:
         in_order = sorted(crashes, key=attrgetter("at", "seq")) if len(crashes) > 1 else crashes
         first, latest, came_at = in_order[0], in_order[-1], min([crash.received_at for crash in crashes])
         return (*key, OTHER if key[1] == OTHER else latest.sent_type, first.at, first.app_version, latest.at,
-                *self._shown(key[1], latest), len(crashes), self.devices[key], came_at)
+                *self._shown(key[1], latest), len(crashes), self.new_devices[key], came_at)
 
     def _describe_again(self, key: Row, deleted: Sequence[Any]) -> None:
         """Describes a group again if its latest crash was deleted, now or earlier without a search for the next one."""
@@ -2392,13 +2386,10 @@ class SeenBuild(NamedTuple):
 
 class Releases(Figure):
     """When each build and release was seen; the sessions, crashes and devices of each release, and its sessions per UTC
-    day of the last week. Builds beyond MAX_BUILDS_OF_APP count only for their release."""
+    day of the last week. Builds beyond MAX_BUILDS_OF_APP count only for their release. A build_number that is not
+    known, as in all events, is ""."""
 
-    TABLES = """
-create table builds (
-    app_id integer not null, app_version text not null, build_number text not null,  -- '': not known, as in all events
-    first_seen integer not null, last_seen integer not null,  -- when its first and its last report were received
-    primary key (app_id, app_version, build_number)) without rowid;
+    TABLES = table_schema("builds", ["app_version", "build_number"], SeenBuild._fields) + """
 create view releases as
     select app_id, app_version, min(first_seen) as first_seen, max(last_seen) as last_seen from builds
     group by app_id, app_version;
@@ -2415,14 +2406,13 @@ create view releases as
         for crash in reports if kind is Crash else ():
             if crash.app_version:
                 self._sums["release_sums"]["crashes"][crash.app_id, crash.app_version] += by
-                self._learn((crash.app_id, crash.app_version, crash.build_number or ""), {crash.received_at}, by)
-        for run, times in reports.runs if kind is Event else ():
+                if by > 0:
+                    self._builds.learn((crash.app_id, crash.app_version, crash.build_number or ""),
+                                       SeenBuild(crash.received_at, crash.received_at))
+        for run, times in reports.runs if kind is Event and by > 0 else ():
             if run[0].app_version:
-                self._learn((run[0].app_id, run[0].app_version, ""), {received_at for _, received_at in times}, by)
-
-    def _learn(self, key: Row, times: set[int], by: int) -> None:
-        for received_at in times if by > 0 else ():  # mostly one
-            self._builds.learn(key, SeenBuild(received_at, received_at))
+                for received_at in {received_at for _, received_at in times}:  # mostly one
+                    self._builds.learn((run[0].app_id, run[0].app_version, ""), SeenBuild(received_at, received_at))
 
     def save(self) -> None:
         learned, stored = self._builds.learned, self._builds.stored(self._builds.learned)
@@ -2437,72 +2427,74 @@ create view releases as
 
 class SeenReleases:
     """The releases of an app, or of all live apps if none is given, as one transaction sees them. They are read once,
-    in the order in which they came, because grouping their builds takes much of the time of an answer."""
+    because grouping their builds takes much of the time of an answer. Sessions are those of the last week."""
 
-    def __init__(self, db: Any, app: int | None):
-        self._db, self._app = db, app
+    def __init__(self, db: Any, app: int | None, now: int):
+        self._db, self._now = db, now
+        self._parameters = {"app": app, "first": now // DAY - WEEK_DAYS + 1, "last": now // DAY}
         self._releases = db.execute(f"""
             select app_id, app_version, min(first_seen) as first_seen, max(last_seen) from builds
             where {APP_FILTER}
             group by app_id, app_version
-            order by first_seen, app_version, app_id""", {"app": app}).fetchall()  # the view would read all apps
+            order by first_seen, app_version, app_id""", self._parameters).fetchall()  # the view would read all apps
 
-    def _sessions(self, days: range, table: str, columns: str) -> dict[Row, int]:
-        """The sessions on these days, from a table with a row per day, by some of its columns."""
+    def _sessions(self, table: str, columns: str) -> dict[Row, int]:
+        """The sessions in a table with a row per day, by some of its columns."""
         return {tuple(key): sessions for *key, sessions in self._db.execute(f"""
             select {columns}, sum(sessions) from {table}
             where {APP_FILTER} and day between :first and :last
-            group by {columns}""", {"app": self._app, "first": days[0], "last": days[-1]})}
+            group by {columns}""", self._parameters)}
 
-    def latest(self, days: range) -> list[JsonObject]:
-        """The latest 100 releases, with their sessions on these days, and those of their app."""
+    def latest(self) -> Iterator[JsonObject]:
+        """The latest 100 releases, the last to appear first, as the API shows them."""
         latest = sorted(self._releases, key=itemgetter(2), reverse=True)[:100]  # by first_seen
-        names, columns = dict(self._db.execute("select id, name from apps")), SUMS["release_sums"].columns
-        of_release = self._sessions(days, "release_days", "app_id, app_version")
-        of_app = self._sessions(days, "session_days", "app_id")
-        sums = {row[:2]: row[2:] for row in rows_of(
-            self._db, QUERIES_BY_KEY["release_sums"], [release[:2] for release in latest])}
-        return [{"app_id": app_id, "app": names[app_id], "app_version": version, "first_seen": first_seen,
-                 "last_seen": last_seen, **dict(zip(columns, sums.get((app_id, version), repeat(0)))),
-                 "recent_sessions": of_release.get((app_id, version), 0), "app_sessions": of_app.get((app_id,), 0)}
-                for app_id, version, first_seen, last_seen in latest]
+        keys, names = [release[:2] for release in latest], dict(self._db.execute("select id, name from apps"))
+        of_release = self._sessions("release_days", "app_id, app_version")
+        of_app, verdicts = self._sessions("session_days", "app_id"), self.verdicts(keys)
+        sums = {row[:2]: row[2:] for row in rows_of(self._db, QUERIES_BY_KEY["release_sums"], keys)}
+        for app_id, version, first_seen, last_seen in latest:
+            key = app_id, version
+            sessions, crashed_sessions, crashes, devices, crashed_devices = sums.get(key, [0] * 5)
+            yield {"app": names[app_id], "app_version": version, "sessions": sessions, "crashes": crashes,
+                   "crashed_sessions": crashed_sessions,
+                   "crash_free_sessions": crash_free_rate(crashed_sessions or crashes, sessions) if sessions else None,
+                   "by": "session" if crashed_sessions else "count",
+                   "crash_free_devices": crash_free_rate(crashed_devices, devices) if devices else None,
+                   "adoption": round(100 * of_release.get(key, 0) / (of_app.get((app_id,)) or 1), 2),
+                   "first_seen": iso_time(first_seen), "last_seen": iso_time(last_seen), "verdict": verdicts.get(key)}
 
-    def newest(self, days: range) -> dict[int, str]:
+    def newest(self) -> dict[int, str]:
         """The newest release of each app, by app_id: the last one that came. An old version that comes late is not the
-        newest, unless it has more sessions on these days: an app may begin to number its versions anew."""
+        newest, unless it has more sessions: an app may begin to number its versions anew."""
         newest: dict[int, Row] = {}  # version key, sessions, version
-        sessions_of = self._sessions(days, "release_days", "app_id, app_version")
+        sessions_of = self._sessions("release_days", "app_id, app_version")
         for app_id, version, *_ in self._releases:
-            sessions = sessions_of.get((app_id, version), 0)
-            key, (newest_key, most_sessions, _) = version_key(version), newest.get(app_id, ((), -1, ""))
-            if version != OTHER and (key >= newest_key or sessions > most_sessions):
-                newest[app_id] = key, sessions, version
+            release = version_key(version), sessions_of.get((app_id, version), 0), version
+            other = newest.get(app_id, ((), -1, ""))
+            if version != OTHER and (release[0] >= other[0] or release[1] > other[1]):
+                newest[app_id] = release
         return {app_id: version for app_id, (_, _, version) in newest.items()}
 
-    def pairs(self, wanted: Container[Row]) -> list[ReleasePair]:
+    def _pairs(self, wanted: Container[Row]) -> list[ReleasePair]:
         """Each release of `wanted`, by app_id and version, with its previous one: the highest lower version that was
         seen earlier. So neither an old version that comes late nor one that is no release (99.0) hides others."""
-        releases_of: dict[int, list[Row]] = defaultdict(list)  # by app_id
-        for app_id, version, first_seen, _ in self._releases:
+        pairs, earlier = [], defaultdict[int, list[Row]](list)  # the releases of each app that came before, by version
+        for app_id, version, first_seen, _ in sorted(
+                self._releases, key=lambda release: (release[2], version_key(release[1]), release[1])):
             if version != OTHER:
-                releases_of[app_id].append((version_key(version), version, first_seen))
-        pairs = []
-        for app_id, releases in sorted(releases_of.items()):
-            releases.sort()
-            for n, (_, version, first_seen) in enumerate(releases):
-                if (app_id, version) in wanted:
-                    lower = reversed(releases[:n])
-                    previous = next((release for release in lower if release[2] <= first_seen), None)
-                    if previous:
-                        pairs.append(ReleasePair(app_id, version, first_seen, *previous[1:]))
+                release, lower = (version_key(version), version, first_seen), earlier[app_id]
+                n = bisect_left(lower, release)
+                if n and (app_id, version) in wanted:
+                    pairs.append(ReleasePair(app_id, version, first_seen, *lower[n - 1][1:]))
+                lower.insert(n, release)
         return pairs
 
-    def health_of_pairs(self, pairs: Sequence[ReleasePair], now: int) -> dict[ReleasePair, list[Health]]:
-        """The health of each release and of the previous one, at equal ages. Counts the devices that came to the newer
-        one until the last full hour, and to the previous one in as many hours."""
+    def compared(self, wanted: Container[Row]) -> dict[ReleasePair, list[Health]]:
+        """The health of each release of `wanted`, by app_id and version, and of the previous one, at equal ages. Counts
+        the devices that came to the newer one until the last full hour, and to the previous one in as many hours."""
         spans: dict[ReleasePair, tuple[Row, Row]] = {}  # app_id, app_version, first hour, hour after the last
-        for pair in pairs:
-            end = min(now, pair.first_seen + HEALTH_DAYS * DAY) // HOUR
+        for pair in self._pairs(wanted):
+            end = min(self._now, pair.first_seen + HEALTH_DAYS * DAY) // HOUR
             end_before = (pair.previous_seen + end * HOUR - pair.first_seen + HOUR // 2) // HOUR
             spans[pair] = ((pair.app_id, pair.app_version, pair.first_seen // HOUR, end),
                            (pair.app_id, pair.previous, pair.previous_seen // HOUR, end_before))
@@ -2512,6 +2504,11 @@ class SeenReleases:
                 and hour >= column3 and hour < column4
             group by column1, column2, column3, column4""", list({*chain.from_iterable(spans.values())}))}
         return {pair: [healths.get(span, Health(0, 0)) for span in both] for pair, both in spans.items()}
+
+    def verdicts(self, wanted: Container[Row]) -> dict[Row, JsonObject]:
+        """The verdicts on releases of `wanted`, by app_id and version. Those without a verdict are left out."""
+        verdicts = {pair: verdict(*both) for pair, both in self.compared(wanted).items()}
+        return {pair[:2]: {**found, "before": pair.previous} for pair, found in verdicts.items() if found}
 
 
 class Session(NamedTuple):
@@ -2543,24 +2540,16 @@ class Sessions(Figure):
     """Sessions by the UTC day on which they started, and how long they took. A session is a session_id of one device:
     SDKs that count launches use the same ids on every device."""
 
-    TABLES = """
-create table sessions (                    -- those of which a report is kept
-    app_id integer not null, session_id text not null, device integer not null,  -- see device_key
-    first_seq integer not null, last_seq integer not null,  -- of its first and its last report
-    started_at integer, ended_at integer, app_version text, crashed integer not null,
-    primary key (app_id, session_id, device)) without rowid;
-create table medians (                     -- of the durations of a day that is over, which take long to sort
-    app_id integer not null, day integer not null, seconds integer not null,
-    primary key (app_id, day)) without rowid;
-"""
+    TABLES = (table_schema("sessions", ["session_id", "device"], Session._fields)
+              + table_schema("medians", ["day"], ["seconds"]))  # of days that are over, because they take long to sort
     SUMS = {"session_days": Sums("day", "sessions ended session_ms"),  # `ended` have a duration; session_ms is the sum
             "durations": Sums("day seconds", "sessions", DURATION_DAYS)}  # seconds in two significant digits
     COUNTS = (Crash, Event)
     MEDIAN = """
         select seconds from (
-            select seconds, sum(sessions) over (order by seconds) as so_far, sum(sessions) over () as total
-            from durations where app_id = ended_days.app_id and day = ended_days.day) as sums
-        where 2 * so_far >= total
+            select seconds, sum(sessions) over (order by seconds) as so_far from durations
+            where app_id = ended_days.app_id and day = ended_days.day) as sums
+        where 2 * so_far >= ended
         order by seconds
         limit 1"""
 
@@ -2616,10 +2605,8 @@ create table medians (                     -- of the durations of a day that is 
                 self._changed_days.add((app_id, day))
 
     def save(self) -> None:
-        for key, before, after in self._sessions.save():
-            if before is None or before[2:] != after[2:]:
-                self._count_session(key[0], before or Session(), -1)
-                self._count_session(key[0], after, 1)
+        for key, session, by in self._sessions.save():
+            self._count_session(key[0], session, by)
         delete_rows(self._db, "medians", self._changed_days)
 
     def store_medians(self) -> None:
@@ -2631,22 +2618,6 @@ create table medians (                     -- of the durations of a day that is 
                     select 1 from medians where app_id = ended_days.app_id and day = ended_days.day)
                 limit ?) as closed
             where seconds is not null""", (self._now // DAY - DURATION_DAYS, self._now // DAY - 2, STEP_ROWS))
-
-    @staticmethod
-    def per_day(db: Any, app: int | None, days: range) -> JsonObject:
-        """Sessions, and the mean and the median of their seconds, per day. Several apps together have no median."""
-        sums = sums_per_day(db, app, days, "session_days", "sessions", "ended", "session_ms")
-        medians = dict(db.execute(f"""
-            select day, coalesce((
-                select seconds from medians where app_id = ended_days.app_id and day = ended_days.day
-                ), ({Sessions.MEDIAN}))
-            from (
-                select day, max(app_id) as app_id from session_days
-                where {APP_FILTER} and day between :first and :last and ended > 0
-                group by day having count(*) = 1) as ended_days""", {"app": app, "first": days[0], "last": days[-1]}))
-        return {"sessions": sums["sessions"], "median_seconds": [medians.get(day) for day in days],
-                "mean_seconds": [round(ms / ended / SECOND, 1) if ended else None
-                                 for ms, ended in zip(sums["session_ms"], sums["ended"])]}
 
 
 # == Device figures ============================================================
@@ -2674,34 +2645,21 @@ class SeenVersion(NamedTuple):
     crash_hour: int | None
 
     def merged(self, other: SeenVersion) -> SeenVersion:
-        crash_hour = self.crash_hour
-        if crash_hour is None or other.crash_hour is not None and other.crash_hour < crash_hour:
-            crash_hour = other.crash_hour
-        elif self.first_hour <= other.first_hour:  # mostly
-            return self
-        return SeenVersion(min(self.first_hour, other.first_hour), crash_hour)
+        crash_hour = min(self.crash_hour or MAX_NUMBER, other.crash_hour or MAX_NUMBER)
+        if crash_hour == (self.crash_hour or MAX_NUMBER) and self.first_hour <= other.first_hour:
+            return self  # mostly
+        return SeenVersion(min(self.first_hour, other.first_hour), crash_hour if crash_hour < MAX_NUMBER else None)
 
 
 class Devices(Figure):
     """Devices that are active, that are new and that come back, and the devices of each release. A device is known by a
     digest, so that no figure has its id, and is forgotten when its last report expires, or up to an hour before."""
 
-    TABLES = """
-create table devices (                     -- those of which a report is kept
-    app_id integer not null, device integer not null,  -- see device_key
-    first_day integer not null, last_hour integer not null,  -- by the time at which reports count
-    last_seq integer not null, primary key (app_id, device)) without rowid;
-create table device_days (
-    app_id integer not null, device integer not null, day integer not null,
-    primary key (app_id, device, day)) without rowid;
-create table device_versions (
-    app_id integer not null, device integer not null, app_version text not null,
-    first_hour integer not null, crash_hour integer,  -- when its first report, and its first crash, were received
-    primary key (app_id, device, app_version)) without rowid;
-"""
+    TABLES = (table_schema("devices", ["device"], SeenDevice._fields) + table_schema("device_days", ["device", "day"])
+              + table_schema("device_versions", ["device", "app_version"], SeenVersion._fields))
     ACTIVE = {"dau": 1, "wau": 7, "mau": 30}  # devices seen within so many days that end with this one
     BACK = {"back_1": 1, "back_7": 7, "back_30": 30}  # devices first seen on this day and again so many days later
-    SUMS = {"device_hours": Sums("hour", "devices", HOURS_KEPT, check="at least"),  # by the hour of their last report
+    SUMS = {"device_hours": Sums("hour", "devices", 2, check="at least"),  # by the hour of their last report
             "active_days": Sums("day", "dau wau mau", check="at least"),
             "cohorts": Sums("day", "devices back_1 back_7 back_30"),
             "release_hours": Sums("app_version hour", "devices crashed_devices")}  # by first_hour and by crash_hour
@@ -2742,30 +2700,25 @@ create table device_versions (
                 for (app_id, device), seq in last_seqs.items()])
 
     def save(self) -> None:
-        devices = self._devices.save()
-        self._save_days(devices)
-        for (app_id, _), before, after in devices:
-            if before is None or before.last_hour != after.last_hour:
-                self._sums["device_hours"]["devices"][app_id, after.last_hour] += 1
-                if before:
-                    self._sums["device_hours"]["devices"][app_id, before.last_hour] -= 1
+        self._save_days()
+        for (app_id, _), device, by in self._devices.save():
+            self._sums["device_hours"]["devices"][app_id, device.last_hour] += by
         for (app_id, column, first, end), count in self._spans.items():  # many devices share a span
-            for day in range(first, end):
+            for day in range(first, end) if count else ():
                 self._sums["active_days"][column][app_id, day] += count
-        for (app_id, _, version), before, after in self._versions.save():
-            for seen, by in ((before, -1), (after, 1)) if before != after else ():
-                if seen:
-                    self._count_version(app_id, version, seen, by)
+        for (app_id, _, version), seen, by in self._versions.save():
+            self._count_version(app_id, version, seen, by)
 
-    def _save_days(self, devices: Sequence[tuple[Row, SeenDevice | None, SeenDevice]]) -> None:
+    def _save_days(self) -> None:
         """Saves days on which devices were not seen before. Mostly last_hour shows that there are none."""
-        changed = [(key, before, after) for key, before, after in devices if before is None
-                   or after.first_day < before.first_day or self._days[key] - {before.last_hour // 24}]
-        ranges = []  # of days that decide what changes
-        for key, before, _ in changed:
-            if before:
-                days = {*self._days[key], self._devices.learned[key].first_day, before.first_day}
-                ranges.append((*key, min(days) - 30, max(days) + 30))
+        stored, changed, ranges = self._devices.stored(self._devices.learned), [], []  # ranges of days that may change
+        for key, seen in self._devices.learned.items():
+            before = stored.get(key)
+            if before is None or seen.first_day < before.first_day or self._days[key] - {before.last_hour // 24}:
+                changed.append((key, before, before.merged(seen) if before else seen))
+                if before:
+                    days = {*self._days[key], seen.first_day, before.first_day}
+                    ranges.append((*key, min(days) - 30, max(days) + 30))
         days_of: dict[Row, list[int]] = defaultdict(list)
         for app_id, device, day in rows_of(self._db, """
                 select app_id, device, day from (values *) as keys cross join device_days
@@ -2776,33 +2729,27 @@ create table device_versions (
         for key, before, after in changed:
             known = days_of[key]
             if before:
-                self._count_cohort(key[0], before.first_day, known, -1)
-            for day in sorted(self._days[key] - set(known)):
-                self._count_active(key[0], known, day, 1)
-                insort(known, day)
-                rows.append((*key, day))
-            self._count_cohort(key[0], after.first_day, known, 1)
+                self._count_days(key[0], before.first_day, known, -1)
+            self._count_days(key[0], after.first_day, sorted(self._days[key].union(known)), 1)
+            rows += [(*key, day) for day in self._days[key].difference(known)]
         write_rows(self._db, "insert into device_days values *", rows)
 
-    def _count_active(self, app_id: int, others: Sequence[int], day: int, by: int) -> None:
-        """Counts the days on which a device is active only because it was seen on `day`. `others`: its other days."""
-        n = bisect_left(others, day)
-        before, after = others[n - 1] if n else -MAX_NUMBER, others[n] if n < len(others) else MAX_NUMBER
-        for column, span in self.ACTIVE.items():
-            self._spans[app_id, column, max(day, before + span), min(day + span, after)] += by
-
-    def _count_cohort(self, app_id: int, first_day: int, days: Sequence[int], by: int) -> None:
-        self._sums["cohorts"]["devices"][app_id, first_day] += by
+    def _count_days(self, app_id: int, first_day: int, days: Sequence[int], by: int) -> None:
+        """Counts a device that was first seen on `first_day`, and on these days, which are in order."""
+        for day, following in zip(days, [*days[1:], MAX_NUMBER]):
+            for column, span in self.ACTIVE.items():
+                self._spans[app_id, column, day, min(day + span, following)] += by
+        cohorts = self._sums["cohorts"]
+        cohorts["devices"][app_id, first_day] += by
         for column, later in self.BACK.items():
             if first_day + later in days:
-                self._sums["cohorts"][column][app_id, first_day] += by
+                cohorts[column][app_id, first_day] += by
 
     def _count_version(self, app_id: int, version: str, seen: SeenVersion, by: int) -> None:
-        self._sums["release_sums"]["devices"][app_id, version] += by
-        self._sums["release_hours"]["devices"][app_id, version, seen.first_hour] += by
-        if seen.crash_hour is not None:
-            self._sums["release_sums"]["crashed_devices"][app_id, version] += by
-            self._sums["release_hours"]["crashed_devices"][app_id, version, seen.crash_hour] += by
+        for column, hour in (("devices", seen.first_hour), ("crashed_devices", seen.crash_hour)):
+            if hour is not None:
+                self._sums["release_sums"][column][app_id, version] += by
+                self._sums["release_hours"][column][app_id, version, hour] += by
 
     def forget(self, device_id_hash: str) -> int:
         """Takes a device out of all figures of devices; returns in how many apps it was known."""
@@ -2815,9 +2762,7 @@ create table device_versions (
             days = [day for day, in self._db.execute(
                 "select day from device_days where app_id = ? and device = ? order by day", key)]
             self._sums["device_hours"]["devices"][app_id, last_hour] -= 1
-            self._count_cohort(app_id, first_day, days, -1)
-            for n, day in enumerate(days):
-                self._count_active(app_id, days[n + 1:], day, -1)
+            self._count_days(app_id, first_day, days, -1)
             for version, *hours in self._db.execute("""
                     select app_version, first_hour, crash_hour from device_versions where app_id = ? and device = ?
                     """, key):
@@ -2825,28 +2770,6 @@ create table device_versions (
             for table in ("devices", "device_days", "device_versions"):
                 self._db.execute(f"delete from {table} where app_id = ? and device = ?", key)
         return len(rows)
-
-    @staticmethod
-    def active(db: Any, app: int | None, days: range) -> JsonObject:
-        """Devices that were active on each of these days, and within the 7 and the 30 days that end with it."""
-        return sums_per_day(db, app, days, "active_days", *Devices.ACTIVE)
-
-    @staticmethod
-    def retention(db: Any, app: int | None, days: range) -> JsonObject:
-        """Devices that were new on each of these days, and the percentages that came back 1, 7 and 30 days later."""
-        cohorts = sums_per_day(db, app, days, "cohorts", "devices", *Devices.BACK)
-        answer: JsonObject = {"devices": cohorts["devices"]}
-        for column, later in Devices.BACK.items():
-            answer[f"day_{later}"] = [round(100 * back / new, 2) if new and day + later < days[-1] else None
-                                      for day, new, back in zip(days, cohorts["devices"], cohorts[column])]
-        return answer
-
-    @staticmethod
-    def last_24_hours(db: Any, app: int | None, now: int) -> int:
-        """Devices that were seen in the last 24 hours, rounded to the full hour."""
-        return int(db.execute(f"""
-            select coalesce(sum(devices), 0) from device_hours where {APP_FILTER} and hour >= :since
-            """, {"app": app, "since": (now - DAY) // HOUR}).fetchone()[0])
 
 
 class EventNames(Figure):
@@ -2862,24 +2785,6 @@ class EventNames(Figure):
             if type not in SESSION_TYPES:
                 sums[app_id, name or "", type, day] += by * events
 
-    @staticmethod
-    def most_frequent(db: Any, app: int | None, days: range) -> JsonObject:
-        """The 50 most frequent names of these days, with their events on each day."""
-        parameters = {"app": app, "first": days[0], "last": days[-1]}
-        events = dict_rows(db, f"""
-            select name, type, sum(events) as count from event_names
-            where {APP_FILTER} and day between :first and :last
-            group by name, type
-            order by count desc, name, type
-            limit 50""", parameters)
-        for event in events:
-            counts = dict(db.execute(f"""
-                select day, sum(events) from event_names
-                where {APP_FILTER} and name = :name and type = :type and day between :first and :last
-                group by day""", {**parameters, **event}))
-            event["days"] = [counts.get(day, 0) for day in days]
-        return {"events": events}
-
 
 # == Roll-ups ==================================================================
 # All figures together: their tables, which new names they count, and how a transaction changes them.
@@ -2890,11 +2795,7 @@ Name = tuple[int, str, str]  # app_id, field, name
 class NewNames:
     """Decides which new names are counted by themselves, because anyone who has a key can invent names without end."""
 
-    TABLES = """
-create table new_names (                   -- how many were new on a UTC day
-    app_id integer not null, day integer not null, field text not null, names integer not null,
-    primary key (app_id, day, field)) without rowid;
-"""
+    TABLES = table_schema("new_names", ["day", "field"], ["names"])  # how many were new on a UTC day
     FIELDS = {kind: {name: columns_getter(kind, name) for name in names} for kind, names in (
         (Crash, ("group_hash", "exception_type", "device_model", "app_version")), (Event, ("app_version", "name")))}
 
@@ -2959,7 +2860,7 @@ FIGURES: tuple[type[Figure], ...] = (Crashes, Groups, Releases, Sessions, Device
 SUMS = {"key_days": Sums("day key", "requests", KEY_DAYS),  # counted by Commit, not from reports; `key`: see key_name
         **{table: sums for figure in FIGURES for table, sums in figure.SUMS.items()}}
 FIGURE_TABLES = (NewNames.TABLES + "".join(figure.TABLES for figure in FIGURES)
-                 + "".join(sums.schema(table) for table, sums in SUMS.items()))
+                 + "".join(table_schema(table, sums.key, sums.columns) for table, sums in SUMS.items()))
 SCHEMA = REPORT_TABLES + SYMBOL_TABLES + TRIAGE_TABLES + FIGURE_TABLES
 # The primary keys of all tables that have rows of an app, except those of the reports.
 PRIMARY_KEYS = {table: tuple(key.split(", ")) for table, key in re.findall(
@@ -2970,7 +2871,7 @@ QUERIES_BY_KEY = {table: f"select {table}.* from (values *) as keys cross join {
 # The changes that add to the sums of a row.
 ADDITIONS = {table: ", ".join(f"{name} = {table}.{name} + excluded.{name}" for name in sums.columns)
              for table, sums in SUMS.items()}
-# For tables that keep rows for some time: where the day or hour is in the key, its milliseconds, and how many are kept.
+# For tables that keep rows for some days: where the day or hour is in the key, its milliseconds, and the days.
 WINDOWS = {table: (1 + sums.key.index(unit), length, sums.window) for table, sums in SUMS.items()
            for unit, length in (("day", DAY), ("hour", HOUR)) if sums.window and unit in sums.key}
 
@@ -3028,8 +2929,8 @@ class RollUps:
 
     def _window(self, table: str) -> tuple[int, int]:
         """The position of the day or the hour in the key of a table with a window, and the first one that is kept."""
-        position, length, window = WINDOWS[table]
-        return position, self.now // length - window
+        position, length, days = WINDOWS[table]
+        return position, (self.now - days * DAY) // length
 
     def trim(self, oldest: int = 0) -> int:
         """Stores medians, and deletes up to STEP_ROWS old rows of each table; returns how many, 0 when none is left.
@@ -3257,7 +3158,7 @@ def update_triage(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], a
     groups: dict[tuple[int, str], list[Any]] = defaultdict(list)
     for crash in crashes:
         groups[crash.app_id, crash.group_hash].append(crash)
-    devices_of, accepted = rollups.figures[Groups].devices, rollups.names.accepted
+    devices_of, accepted = rollups.figures[Groups].new_devices, rollups.names.accepted
     # Nothing can happen to an open group that is not new and has no new device.
     keys = [(*key, int(devices_of[key] > 0 or (key[0], "group_hash", key[1]) in accepted)) for key in groups]
     keys = [key for key in keys if key[2] or key[:2] not in rollups.known.open_groups]
@@ -4903,11 +4804,9 @@ class Store(SymbolStore):
 def worse_releases(db: Connection, now: int) -> list[tuple[ReleasePair, str]]:
     """The newest release of each live app if it is certainly worse than the one before, and the text of the verdict.
     Those that were reported already are left out."""
-    releases = SeenReleases(db, None)
-    newest = releases.newest(range(now // DAY - WEEK_DAYS + 1, now // DAY + 1))
-    pairs = releases.pairs(newest.items())
+    releases = SeenReleases(db, None, now)
     return [(pair, (verdict(*healths) or {})["text"])
-            for pair, healths in releases.health_of_pairs(pairs, now).items()
+            for pair, healths in releases.compared(releases.newest().items()).items()
             if min(healths).devices >= ENOUGH_DEVICES and newcombe_interval(healths[0], healths[1], Z_99)[1] < 0
             and get_state(db, f"worse_{pair.app_id}", 0) != pair.first_seen]
 
@@ -5384,18 +5283,17 @@ class PublicMetrics:
         today = self._store.now // DAY
         return range(today - days + 1, today + 1)
 
-    def _by_day(self, question: Callable[..., JsonObject], app: str | None, days: int | None) -> JsonObject:
-        """A figure's answer about the last days, 30 by default, labelled with their dates."""
-        shown_days = self._last_days(days or 30)
+    def _sums(self, app: str | None, days: int | None, table: str, *columns: str) -> JsonObject:
+        """See sums_per_day: the last days, 30 by default."""
         with self._snapshot(app) as (db, app_id):
-            return {"labels": list(map(iso_day, shown_days)), **question(db, app_id, shown_days)}
+            return sums_per_day(db, app_id, self._last_days(days or 30), table, *columns)
 
     def daily_crashes(self, app: str | None = None, days: int | None = None) -> JsonObject:
         """The crashes per UTC day: of the last `days` by date, or of the last seven from Monday to Sunday."""
-        answer = self._by_day(Crashes.per_day, app, days or WEEK_DAYS)
+        labels, crashes = self._sums(app, days or WEEK_DAYS, "crash_days", "crashes").values()
         if days:
-            return answer
-        counts = {date.fromisoformat(day).weekday(): n for day, n in zip(answer["labels"], answer["data"])}
+            return {"labels": labels, "data": crashes}
+        counts = {date.fromisoformat(day).weekday(): n for day, n in zip(labels, crashes)}
         return {"labels": ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"], "data": [counts[n] for n in range(7)]}
 
     def crash_types(self, app: str | None = None, days: int | None = None) -> JsonObject:
@@ -5407,37 +5305,80 @@ class PublicMetrics:
         return self._most_frequent(app, days, "device_model", 10)
 
     def _most_frequent(self, app: str | None, days: int | None, field: str, limit: int) -> JsonObject:
+        """The most frequent labels of the last days, or of all crashes that are kept."""
+        shown: Sequence[int] = self._last_days(days) if days else [ALL_DAYS]
         with self._snapshot(app) as (db, app_id):
-            return Crashes.most_frequent(db, app_id, field, self._last_days(days) if days else None, limit)
+            return labels_and_counts(db.execute(f"""
+                select label, sum(crashes) from labels
+                where {APP_FILTER} and field = :field and day between :first and :last
+                group by label
+                order by sum(crashes) desc, label
+                limit :limit""", {"app": app_id, "field": field, "first": shown[0], "last": shown[-1], "limit": limit}))
 
     def overview(self, app: str | None = None) -> JsonObject:
-        """A summary of the seven UTC days that end today, with the devices of the last 24 hours."""
-        week = self._last_days(WEEK_DAYS)
+        """A summary of the seven UTC days that end today, with the devices of the last 24 hours, to the full hour."""
+        week, since = self._last_days(WEEK_DAYS), (self._store.now - DAY) // HOUR
         with self._snapshot(app) as (db, app_id):
             crashes = sum(sums_per_day(db, app_id, week, "crash_days", "crashes")["crashes"])
             sessions = sum(sums_per_day(db, app_id, week, "session_days", "sessions")["sessions"])
-            return {"crash_free_rate_7d": crash_free_rate(crashes, sessions),
-                    "dau": Devices.last_24_hours(db, app_id, self._store.now),
+            devices, = db.execute(f"""
+                select coalesce(sum(devices), 0) from device_hours where {APP_FILTER} and hour >= :since
+                """, {"app": app_id, "since": since}).fetchone()
+            return {"crash_free_rate_7d": crash_free_rate(crashes, sessions), "dau": int(devices),
                     "sessions_7d": sessions, "crashes_7d": crashes,
                     "top_crashes": Groups.most_frequent(db, app_id, week)}
 
     def active_devices(self, app: str | None = None, days: int | None = None) -> JsonObject:
         """The devices of each UTC day, and of the 7 and 30 days that end with it."""
-        return self._by_day(Devices.active, app, days)
+        return self._sums(app, days, "active_days", *Devices.ACTIVE)
 
     def sessions(self, app: str | None = None, days: int | None = None) -> JsonObject:
         """The sessions that began on each UTC day, and their mean and median duration: null if none has ended. The
         median, of durations with two significant digits, is also null if they are of several apps."""
-        return self._by_day(Sessions.per_day, app, days)
+        shown = self._last_days(days or 30)
+        with self._snapshot(app) as (db, app_id):
+            sums = sums_per_day(db, app_id, shown, "session_days", "sessions", "ended", "session_ms")
+            medians = dict(db.execute(f"""
+                select day, coalesce((
+                    select seconds from medians where app_id = ended_days.app_id and day = ended_days.day
+                    ), ({Sessions.MEDIAN}))
+                from (
+                    select day, max(app_id) as app_id, max(ended) as ended from session_days
+                    where {APP_FILTER} and day between :first and :last and ended > 0
+                    group by day having count(*) = 1) as ended_days
+                """, {"app": app_id, "first": shown[0], "last": shown[-1]}))
+        return {"labels": sums["labels"], "sessions": sums["sessions"],
+                "median_seconds": [medians.get(day) for day in shown],
+                "mean_seconds": [round(ms / ended / SECOND, 1) if ended else None
+                                 for ms, ended in zip(sums["session_ms"], sums["ended"])]}
 
     def event_names(self, app: str | None = None, days: int | None = None) -> JsonObject:
         """The events of each UTC day by name, for the 50 most frequent names."""
-        return self._by_day(EventNames.most_frequent, app, days)
+        shown = self._last_days(days or 30)
+        with self._snapshot(app) as (db, app_id):
+            parameters = {"app": app_id, "first": shown[0], "last": shown[-1]}
+            events = dict_rows(db, f"""
+                select name, type, sum(events) as count from event_names
+                where {APP_FILTER} and day between :first and :last
+                group by name, type
+                order by count desc, name, type
+                limit 50""", parameters)
+            for event in events:
+                counts = dict(db.execute(f"""
+                    select day, sum(events) from event_names
+                    where {APP_FILTER} and name = :name and type = :type and day between :first and :last
+                    group by day""", {**parameters, **event}))
+                event["days"] = [counts.get(day, 0) for day in shown]
+        return {"labels": list(map(iso_day, shown)), "events": events}
 
     def retention(self, app: str | None = None, days: int | None = None) -> JsonObject:
         """The percentage of the devices first seen on a UTC day that came back 1, 7 and 30 days later. It is null if
         that later day is not over yet, or if no device was new."""
-        return self._by_day(Devices.retention, app, days)
+        labels, devices, *back = self._sums(app, days, "cohorts", "devices", *Devices.BACK).values()
+        return {"labels": labels, "devices": devices, **{
+            f"day_{later}": [round(100 * count / new, 2) if new and later < days_ago else None
+                             for count, new, days_ago in zip(counts, devices, reversed(range(len(labels))))]
+            for later, counts in zip(Devices.BACK.values(), back)}}
 
     def releases(self, app: str | None = None, sort: str | None = None) -> JsonObject:
         """The latest 100 releases: the last to appear first, or for `sort` "version" the highest first. Rates are null
@@ -5445,29 +5386,19 @@ class PublicMetrics:
         if sort not in (None, "version", "first_seen"):
             raise Refusal("invalid sort", detail="it is not one of version, first_seen")
         with self._snapshot(app) as (db, app_id):
-            seen = SeenReleases(db, app_id)
-            rows = seen.latest(self._last_days(WEEK_DAYS))
-            verdicts = self._verdicts(seen, {(row["app_id"], row["app_version"]) for row in rows})
+            releases = list(SeenReleases(db, app_id, self._store.now).latest())
         if sort == "version":
-            rows.sort(key=lambda row: version_key(row["app_version"]), reverse=True)
-        releases = (_release_json(row, verdicts.get((row["app_id"], row["app_version"]))) for row in rows)
+            releases.sort(key=lambda release: version_key(release["app_version"]), reverse=True)
         return {"releases": list(rows_that_fit(releases))}
-
-    def _verdicts(self, seen: SeenReleases, wanted: Container[Row]) -> dict[Row, JsonObject]:
-        """The verdicts of the wanted releases by app id and version. Those without a verdict are left out."""
-        healths = seen.health_of_pairs(seen.pairs(wanted), self._store.now)
-        verdicts = {pair: verdict(health, health_before) for pair, (health, health_before) in healths.items()}
-        return {pair[:2]: {**found, "before": pair.previous} for pair, found in verdicts.items() if found}
 
     def newest_releases(self, app: str | None = None) -> list[JsonObject]:
         """The newest release of each app with its verdict, those that are worse than before first."""
         with self._snapshot(app) as (db, app_id):
-            seen = SeenReleases(db, app_id)
-            newest = seen.newest(self._last_days(WEEK_DAYS))
-            verdicts = self._verdicts(seen, newest.items())
-            names = dict(db.execute("select id, name from apps"))
+            seen, names = SeenReleases(db, app_id, self._store.now), dict(db.execute("select id, name from apps"))
+            newest = seen.newest().items()
+            verdicts = seen.verdicts(newest)
         releases = [{"app": names[id], "app_version": version, "verdict": verdicts.get((id, version))}
-                    for id, version in newest.items()]
+                    for id, version in newest]
         return sorted(releases, key=lambda row: ((row["verdict"] or {}).get("word") != "worse", row["app"]))
 
     def is_empty(self, app: str | None = None) -> bool:
@@ -5475,24 +5406,6 @@ class PublicMetrics:
         with self._snapshot(app) as (db, app_id):
             return not any(db.execute(f"select 1 from {table} where {APP_FILTER} limit 1", {"app": app_id}).fetchone()
                            for table in ("crash_days", "session_days", "event_names"))
-
-
-def _release_json(row: JsonObject, its_verdict: JsonObject | None) -> JsonObject:
-    """A row of SeenReleases.latest() as the API shows it."""
-    sessions, devices, crashed_sessions = row["sessions"], row["devices"], row["crashed_sessions"]
-    return {**{name: row[name] for name in ("app", "app_version", "sessions", "crashes", "crashed_sessions")},
-            "crash_free_sessions": crash_free_rate(crashed_sessions or row["crashes"], sessions) if sessions else None,
-            "by": "session" if crashed_sessions else "count",
-            "crash_free_devices": crash_free_rate(row["crashed_devices"], devices) if devices else None,
-            "adoption": round(100 * row["recent_sessions"] / (row["app_sessions"] or 1), 2),
-            "first_seen": iso_time(row["first_seen"]), "last_seen": iso_time(row["last_seen"]), "verdict": its_verdict}
-
-
-def crash_free_rate(crashes: int, sessions: int) -> float:
-    """The percentage of sessions without a crash, with two decimals."""
-    if not sessions:
-        return 0.0 if crashes else 100.0
-    return round(max(0.0, 100 * (1 - crashes / sessions)), 2)
 
 
 # == Stored reports ============================================================
@@ -5720,7 +5633,7 @@ class GroupMetrics(PublicMetrics):
             new = sorted((row for row in rows if row["news_at"] >= since), key=itemgetter("news_at"), reverse=True)
             by_devices = sorted(rows[SCORED_GROUPS:], key=itemgetter("devices"), reverse=True)
             first = rows[:SCORED_GROUPS] + by_devices[:SCORED_GROUPS]  # crashes alone say little: one device may loop
-            newest = SeenReleases(db, app_id).newest(week)
+            newest = SeenReleases(db, app_id, self._store.now).newest()
             for row in first:
                 row["newest"] = newest.get(row["app_id"])
                 row["devices"], row["of_newest"] = db.execute(f"""
@@ -5759,7 +5672,7 @@ class GroupMetrics(PublicMetrics):
         """The first build that may have the fix of a group: the newest of the app or, if the group has crashed in that
         one, the next. "" if no version of the app is known."""
         with self._snapshot(app) as (db, app_id):
-            version = SeenReleases(db, app_id).newest(self._last_days(WEEK_DAYS)).get(app_id or 0, "")
+            version = SeenReleases(db, app_id, self._store.now).newest().get(app_id or 0, "")
             build = max((number for number, in db.execute("""
                 select build_number from builds where app_id = ? and app_version = ? order by first_seen desc limit 100
                 """, (app_id, version))), key=version_key, default="")
