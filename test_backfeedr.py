@@ -3187,11 +3187,10 @@ def test_an_idempotency_key_is_free_after_a_refusal_in_another_app_and_after_a_w
 # -- Expiry
 
 @sqlite_only
-def test_a_failed_expiry_loses_no_report_and_is_tried_again(one_day, clock, later):
+def test_a_failed_expiry_loses_no_report_and_is_tried_again(one_day, later):
     add(one_day)
-    clock.move(A_DAY + 1)
     sql_run(one_day, "create trigger broken before delete on crashes begin select raise(abort, 'no'); end")
-    assert Api(one_day).post(EVENTS, EVENT)[0] == 201
+    assert later(one_day, A_DAY + 1)
     assert (count(one_day, "crashes"), count(one_day, "events")) == (1, 1)
     sql_run(one_day, "drop trigger broken")
     later(one_day, 1)
@@ -3330,6 +3329,33 @@ def test_a_release_outlives_its_reports_and_its_sums_never_fall_below_zero(keepi
     assert count(server, "release_sums", "sessions <> 0 or devices <> 0") == 0
     later(server, 9 * A_DAY)
     assert count(server, "release_days") == 0
+
+
+def test_hours_of_a_release_are_deleted_when_no_verdict_needs_them(keeping, later):
+    server = keeping(0)
+    for days in (0, 89, 2):
+        later(server, days * A_DAY, app_version="1.0", device_id_hash=f"d{days}")
+    assert count(server, "release_hours") == 2, "the hour of the first day was deleted on day 91"
+    assert sql(server, "select devices from release_sums") == [(3,)]
+    assert server.store.forget_device("d0")["events"] == 1, "then the reports say that the release is younger"
+    assert POSTGRES or backfeedr._check_roll_ups(server.store.path)
+
+
+def test_releases_beyond_the_limits_of_a_day_and_of_an_app_count_as_other_which_is_never_the_newest(
+        keeping, later, monkeypatch):
+    monkeypatch.setitem(backfeedr.MAX_NEW_NAMES, "app_version", 1)
+    monkeypatch.setattr(backfeedr, "MAX_RELEASES", 5)
+    server = keeping(0)
+    for version, sessions in (("1.0", 1), ("2.0", 3)):
+        later(server, 1, times=sessions, type="session_start", app_version=version)
+    assert sql(server, "select app_version, sessions from release_sums order by sessions") == [
+        ("1.0", 1), ("(other)", 3)]
+    assert [release["app_version"] for release in server.metrics.newest_releases()] == ["1.0"]
+    for n in range(1, 8):
+        later(server, A_DAY, exception_type="SIGABRT", app_version=f"1.{n}")
+    assert {row["app_version"] for row in Api(server).get("/api/v1/releases", **ADMIN)[1]["releases"]} \
+        == {"(other)", *(f"1.{n}" for n in range(4))}
+    check_database(server)
 
 
 def test_a_device_of_two_apps_expires_in_each_with_its_last_report_there(keeping, clock, later):
@@ -3684,17 +3710,6 @@ def test_reports_with_made_up_times_leave_only_lasting_sums_behind(one_day, cloc
         == {"crash_days", "session_days", "active_days", "cohorts", "release_sums", "release_hours", "builds"}
 
 
-def test_hours_of_a_release_are_deleted_when_no_verdict_needs_them(keeping, clock):
-    server = keeping(0)
-    for days in (0, 89, 2):
-        clock.move(days * A_DAY)
-        add(server, type="custom", app_version="1.0", device_id_hash=f"d{days}")
-    assert count(server, "release_hours") == 2, "the hour of the first day was deleted on day 91"
-    assert sql(server, "select devices from release_sums") == [(3,)]
-    assert server.store.forget_device("d0")["events"] == 1, "then the reports say that the release is younger"
-    assert POSTGRES or backfeedr._check_roll_ups(server.store.path)
-
-
 LABELS = f"select label, crashes from labels where day = {backfeedr.ALL_DAYS} and field = "
 NAMES = {  # the limit of new names in a day, the query for names and their reports, and the fields of the nth name
     "group": (500, "select group_hash, sum(crashes) from group_days group by group_hash",
@@ -3772,16 +3787,6 @@ def test_crashes_and_events_share_the_limit_of_releases(api, server):
     assert list(map(sum, zip(*sums.values()))) == [60, 60] and sums["(other)"] == [0, 21]
 
 
-def test_other_is_not_the_newest_release_though_it_has_the_most_sessions(api, clock, monkeypatch):
-    monkeypatch.setitem(backfeedr.MAX_NEW_NAMES, "app_version", 1)
-    for version, sessions in (("1.0", 1), ("2.0", 3)):
-        add(api.server, sessions, type="session_start", app_version=version)
-        clock.move(1)
-    assert sql(api.server, "select app_version, sessions from release_sums order by sessions") == [
-        ("1.0", 1), ("(other)", 3)]
-    assert [release["app_version"] for release in api.server.metrics.newest_releases()] == ["1.0"]
-
-
 @pytest.mark.parametrize("reports, counted_days", [  # days of receipt, of occurrence, and by which the clock was ahead
     ([(10, 13, 0), (15, 15, 0)], [10, 15]), ([(15, 15, 0), (15, 15, 3)], [12, 15]), ([(10, 4, 0)], [4])])
 @pytest.mark.parametrize("kind, table", [("crash", "crash_days"), ("event", "event_names")])
@@ -3856,17 +3861,6 @@ def test_two_starts_of_a_session_at_once_count_alike_in_whatever_order_they_are_
         other.store.import_([stored_report])
     assert stored(server, "release_sums") == stored(other, "release_sums")
     assert stored(other, "release_sums")["release_sums"][0][:3] == (1, "1.0", 1)
-
-
-def test_releases_beyond_the_limit_of_an_app_count_as_other(keeping, clock, monkeypatch):
-    monkeypatch.setattr(backfeedr, "MAX_RELEASES", 5)
-    server = keeping(0)
-    for n in range(8):
-        add(server, app_version=f"1.{n}")
-        clock.move(A_DAY)
-    assert {row["app_version"] for row in Api(server).get("/api/v1/releases", **ADMIN)[1]["releases"]} \
-        == {"(other)", *(f"1.{n}" for n in range(5))}
-    check_database(server)
 
 
 def test_releases_without_reports_make_room_for_new_ones_when_there_are_as_many_as_may_be(keeping, clock, monkeypatch):
@@ -4785,39 +4779,28 @@ def disk(monkeypatch):
 
 
 @sqlite_only
-def test_a_full_disk_fails_a_whole_commit_until_there_is_room(server, disk):
-    api, text = Api(server), {"text": "x" * 300}
+def test_a_full_disk_fails_whole_commits_and_health_until_there_is_room(server, disk):
+    api, event = Api(server), {**EVENT, "properties": {"text": "x" * 300}}
     add(server)
     before = stored(server)
     disk.pages = sql(server, "pragma page_count")[0][0] + 3  # enough for some rows of the commit
     server.store._process.close_writer()
-    calls = [lambda: add(server)] * 3 + [lambda: add(server, 100, properties=text, type="custom")] * 2
+    calls = [lambda: add(server)] * 3 + [lambda: add(server, 100, **event)] * 2
     for _ in range(2):
         assert {type(outcome) for outcome in run_together(server.store, calls)} == {StorageUnavailable}
         assert stored(server) == before
-    assert api.post(BATCH, {"events": [{**EVENT, "properties": text}] * 100}) == UNAVAILABLE
+    assert api.post(BATCH, {"events": [event] * 100}) == UNAVAILABLE
     assert int(api.headers["Retry-After"]) >= 1
     assert api.post(CRASHES, CRASH)[0] == 201, "a small report still finds room"
-    assert api.get("/api/v1/health")[0] == 200 and api.get("/api/v1/overview")[0] == 200
-    disk.pages = 1_000_000
-    server.store._process.writer.execute("pragma max_page_count = 1000000")
-    assert {type(outcome) for outcome in run_together(server.store, calls)} == {backfeedr.Receipt}
-    assert count(server, "events") == 200
-
-
-@sqlite_only
-def test_health_fails_from_a_failed_commit_until_there_is_room(server, disk):
-    api, text = Api(server), {"text": "x" * 9_000}
-    add(server)
-    disk.pages = sql(server, "pragma page_count")[0][0] + 1
-    server.store._process.close_writer()
+    assert api.get("/api/v1/health")[0] == api.get("/api/v1/overview")[0] == 200
     for _ in range(2):
-        assert api.post(EVENTS, {**EVENT, "properties": text}) == UNAVAILABLE
+        assert api.post(BATCH, {"events": [event] * 100}) == UNAVAILABLE
         server.store.grant("session", 1000)  # a small write finds room, but proves nothing about reports
         assert api.get("/api/v1/health") == UNAVAILABLE
     disk.pages = 1_000_000
     assert api.get("/api/v1/health")[0] == 200
-    assert api.post(EVENTS, {**EVENT, "properties": text})[0] == 201
+    assert {type(outcome) for outcome in run_together(server.store, calls)} == {backfeedr.Receipt}
+    assert count(server, "events") == 200
 
 
 def test_a_report_that_cannot_be_stored_does_not_fail_the_others_in_its_commit(server, monkeypatch):
