@@ -6360,6 +6360,8 @@ input, select, button, textarea { font: inherit; color: inherit; border: 1px sol
   padding: 0.3rem 0.6rem; max-width: 100%; } input:not([type=checkbox]), select, button { min-height: 2.5rem; }
 input, select, textarea { background: var(--paper); color: var(--ink); font-size: 1rem; } [type=number] { width: 7rem; }
 label:has([type=checkbox]) { display: inline-flex; flex-direction: row-reverse; gap: 0.4rem; color: inherit; }
+button + label { color: inherit; font-size: inherit; margin-left: -0.9rem; }
+button + label > [name] { display: inline-block; width: 10rem; }
 button, summary { cursor: pointer; } button:hover { border-color: var(--ink); }
 .plain { border: 0; padding: 0; min-height: 0; background: none; } td form { margin-right: 0.8rem; }
 .hint { padding: 0.3rem 1rem 0.8rem; border-left: 3px solid var(--mark); } .key { user-select: all; }
@@ -6984,14 +6986,12 @@ newest release in the last 7 days, halved for each day since the last crash.""")
 % if steps:
 <section><h2>{{title}}</h2>""" + _table(
         "steps", ("Time", "{{row[0]}}", "bare number"),
-        ("Action", '{{!text_html(row[1])}} <span class="soft">{{row[2]}}</span>', "bare")) + """</section>
+        ("Action", '{{!text_html(row[1])}} <span class="soft">{{row[2]}}</span>', "bare")) + """
+% session = {name: report.get(name) for name in ("app", "session_id", "device_id_hash")}
+<p>{{!anchor("All events of this session", "/events", **session) if steps is events else ""}}</p></section>
 % end
 % end
 </div>
-% if events:
-% session = {name: report.get(name) for name in ("app", "session_id", "device_id_hash")}
-<p>{{!anchor("All events of this session", "/events", **session)}}</p>
-% end
 <div class="grid">
 % for title, part in (("Versions", "versions"), ("Systems", "systems"), ("Devices", "device_models")):
 <section><h2>{{title}}</h2>{{!bar_chart(group[part], group["count"])}}</section>
