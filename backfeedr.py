@@ -698,20 +698,16 @@ def group_hash(exception_type: str, frames: Iterable[Frame]) -> str:
     """The group of a crash: a hash of its exception type and of the first three names in frames of the app's own code.
     Without own code, other functions count, else other code without names, else what is in every program or abort. A
     frame without a name counts as its build and offset. Reads no more frames than it needs, mostly the first few."""
-    kinds: tuple[list[str], ...] = [], [], [], []  # names, without repeated neighbours
-    own, functions, places, others = kinds
+    own, functions, places, others = (list[str]() for _ in range(4))  # names, without repeated neighbours
     for frame in frames:
-        is_own = bool(frame.is_own)
-        if own and not is_own:
-            continue
-        label = frame.label
+        label, is_own = frame.label, bool(frame.is_own)
         names = others if not _is_specific(label, is_own) else own if is_own else functions if frame.symbol else places
         if (label or is_own) and label not in names[-1:]:
             names.append(label)
             if len(own) == 3:
                 break
-    names = next(filter(None, kinds), [])
-    return hashlib.sha256(":".join([exception_type, *names[:3]]).encode()).hexdigest()[:16]
+    names = (own or functions or places or others)[:3]
+    return hashlib.sha256(":".join([exception_type, *names]).encode()).hexdigest()[:16]
 
 
 def builds_to_symbolicate(frames: Iterable[Frame]) -> str | None:
