@@ -4353,12 +4353,19 @@ class SymbolStore(Deletion):
             on conflict (app_id, group_hash) do update set seq = 0""", (uuid,))
 
     def delete_symbols(self, uuid: str) -> str:
-        """Deletes the symbols of a build. Returns its UUID as it is stored. Raises StoreError if it has none."""
-        build = image_uuid(uuid)
-        if not self._repeat_step(partial(self._drop_symbols, uuid=build)):
-            raise StoreError(f"no symbols of a build {uuid!r} are stored: see 'symbols list'")
+        """Deletes the symbols of the one build whose UUID begins with these characters, at least 4; returns the whole
+        UUID. Raises StoreError if there is not exactly one."""
+        digits = (image_uuid(uuid) or uuid).replace("-", "").upper()
+        if len(digits) < 4:
+            raise StoreError("a build is named by at least 4 characters of its UUID")
+        with self.reading() as db:
+            matches = db.execute("select uuid from symbols where substr(replace(uuid, '-', ''), 1, ?) = ?",
+                                 (len(digits), digits)).fetchall()
+        if len(matches) != 1:
+            raise StoreError(f"{len(matches) or 'no'} builds have a UUID that begins with {uuid!r}: see 'symbols list'")
+        self._repeat_step(partial(self._drop_symbols, uuid=matches[0][0]))
         self._fold_in_wal()
-        return build
+        return str(matches[0][0])
 
     @staticmethod
     def _drop_symbols(db: Connection, uuid: str) -> Counter[str]:
@@ -8335,7 +8342,7 @@ _COMMANDS: Sequence[tuple[str, str, Mapping[str, Any]]] = (  # name, help, argum
     ("device show", "print everything stored about a device, as JSON", _DEVICE_HASH),
     ("device forget", "delete everything stored about a device", _DEVICE_HASH),
     ("symbols list", "list the builds with symbols, and those that need them", {}),
-    ("symbols delete", "delete the symbols of a build", {"UUID": dict(help="as 'symbols list' shows it")}),
+    ("symbols delete", "delete the symbols of a build", {"UUID": dict(help="the UUID, or enough of its beginning")}),
     ("alert add", "add a channel for alerts and print its secret, if it has one", {
         "URL": dict(help="https://... (a webhook), slack+https://..., ntfy+https://HOST/TOPIC, or a URL of Apprise"),
         "--app": dict(metavar="NAME", help="only for this app (default: all live apps)"),

@@ -2214,10 +2214,23 @@ def test_no_lookup_gives_a_wrong_name_while_symbols_are_deleted(api, monkeypatch
     assert before_steps == [([TOTAL], 5), ([], 3), ([], 1)]
     assert [build["complete"] for build in list_symbols(api.server)[0]] == [False]
     if then == "it is deleted again":
-        assert api.server.store.delete_symbols(HELD) == HELD
+        assert api.server.store.delete_symbols("3f1b6a52") == HELD
         assert not any(symbol_rows(api.server).values())
     assert upload(api.server, {**PART, "pages": [LATER_PAGE]})[0] == 201
     assert [row[1] for row in symbol_rows(api.server)["symbol_pages"]] == [2000], "the old pages are gone"
+
+
+def test_symbols_are_deleted_only_if_the_uuid_names_one_build(api):
+    for uuid in (HELD, OTHER_BUILD):
+        upload(api.server, uuid=uuid)
+    for given, problem in [
+            ("3F1", "at least 4 characters"), ("---3F1", "at least 4 characters"), ("", "at least 4 characters"),
+            ("3F1B", "2 builds have a UUID that begins with '3F1B'"), ("0000", "no builds have"),
+            ("%%%%", "no builds have"), (HELD[:-1] + "1", "no builds have")]:
+        with pytest.raises(StoreError, match=problem):
+            api.server.store.delete_symbols(given)
+    assert len(symbol_rows(api.server)["symbols"]) == 2
+    assert api.server.store.delete_symbols(HELD.lower()[:7]) == HELD
 
 
 def test_the_commands_list_and_delete_symbols(command, clock):
@@ -2237,11 +2250,9 @@ def test_the_commands_list_and_delete_symbols(command, clock):
         assert [line.split() for line in missing.splitlines()] == [
             ["UUID", "BUILD", "APP", "CRASHES"], [OTHER_BUILD, "Shop", "1.2", "(47)", "default", "2"],
             ["11111111-1111-1111-1111-111111111111", "a", "build", "default", "1"]]
-        for uuid in ("", "3F1B", "%%%%", OTHER_BUILD):
-            assert command("symbols", "delete", uuid) == (
-                1, "", f"backfeedr: no symbols of a build '{uuid}' are stored: see 'symbols list'\n")
-        assert command("symbols", "delete", HELD.lower()) == (0, "", f"Deleted the symbols of the build {HELD}.\n")
-        assert command("symbols", "delete", HELD)[0] == 1
+        assert command("symbols", "delete", HELD[:6]) == (0, "", f"Deleted the symbols of the build {HELD}.\n")
+        assert command("symbols", "delete", HELD[:6]) == (
+            1, "", "backfeedr: no builds have a UUID that begins with '3F1B6A': see 'symbols list'\n")
         assert command("symbols", "delete")[0] == 2 and len(symbol_rows(server)["symbols"]) == 1
 
 
