@@ -115,7 +115,7 @@ import threading
 import time
 import zlib
 from bisect import bisect_left, bisect_right
-from collections import ChainMap, Counter, defaultdict, deque, namedtuple
+from collections import Counter, defaultdict, deque, namedtuple
 from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -689,24 +689,34 @@ def canonical_name(symbol: str) -> str:
 
 
 @lru_cache(maxsize=2048)
-def _is_specific(label: str, is_own: bool) -> bool:
-    """Whether a name tells where a fault is. The app's own functions may be named like those of an abort."""
-    return not (_UNSPECIFIC.fullmatch(label) or not is_own and _ABORTING.fullmatch(label))
+def _is_specific(label: str) -> bool:
+    return not _UNSPECIFIC.fullmatch(label)
+
+
+# The first of these rules that any frame meets chooses the frames of the group: own code, then specific names of other
+# code (symbols before binaries), then whatever there is.
+_GROUP_RULES: Sequence[Callable[[Frame], object]] = (
+    lambda frame: frame.is_own and _is_specific(frame.label),
+    lambda frame: frame.symbol and _is_specific(frame.label) and not _ABORTING.fullmatch(frame.label),
+    lambda frame: frame.label and _is_specific(frame.label) and not _ABORTING.fullmatch(frame.label),
+    lambda frame: frame.is_own or frame.symbol,
+    lambda frame: frame.label)
 
 
 def group_hash(exception_type: str, frames: Iterable[Frame]) -> str:
     """The group of a crash: a hash of its exception type and of the first three names in frames of the app's own code.
-    Without own code, other functions count, else other code without names, else what is in every program or abort. A
-    frame without a name counts as its build and offset. Reads no more frames than it needs, mostly the first few."""
-    own, functions, places, others = (list[str]() for _ in range(4))  # names, without repeated neighbours
-    for frame in frames:
-        label, is_own = frame.label, bool(frame.is_own)
-        names = others if not _is_specific(label, is_own) else own if is_own else functions if frame.symbol else places
-        if (label or is_own) and label not in names[-1:]:
-            names.append(label)
-            if len(own) == 3:
-                break
-    names = (own or functions or places or others)[:3]
+    Without own code, other frames count. A frame without a name counts as its build and offset. Reads no more frames
+    than it needs, which is mostly the first few."""
+    names: list[str] = []
+    for rule in _GROUP_RULES:
+        candidates, frames = tee(frames)  # as they are read lazily
+        for frame in candidates:
+            if rule(frame) and (label := frame.label) not in names[-1:]:  # without repeated neighbours
+                names.append(label)
+                if len(names) == 3:
+                    break
+        if names:
+            break
     return hashlib.sha256(":".join([exception_type, *names]).encode()).hexdigest()[:16]
 
 
@@ -767,9 +777,11 @@ def _parse_integer(text: str) -> int:
     return int(text)
 
 
-_DECODER = json.JSONDecoder(parse_float=_parse_finite, parse_constant=_parse_finite,
-                            parse_int=int if hasattr(sys, "get_int_max_str_digits") else _parse_integer)
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
+_make_decoder = partial(json.JSONDecoder, parse_float=_parse_finite,
+                        parse_int=int if hasattr(sys, "get_int_max_str_digits") else _parse_integer)
+_DECODER = _make_decoder(parse_constant=_parse_finite)
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"),
+                            default=lambda _: "(nested too deep)")  # for the deques of _decode_nested
 # json makes its encoder anew for each value. Keeping it halves the time. Not every Python has it.
 _make_encoder = json.encoder.c_make_encoder or (lambda *_: None)  # type: ignore[attr-defined]
 _C_ENCODER = _make_encoder(None, _ENCODER.default, json.encoder.encode_basestring, None, ":", ",", False, False, False)
@@ -1148,16 +1160,28 @@ _KILL_CODE = re.compile(r"(?:\bcode[: ] ?|^[A-Z]{1,40} )(0x[0-9a-f]{1,16}|[0-9]{
 Diagnostic = tuple[Callable[[JsonObject, int], Union[Crash, Event]], JsonObject]
 
 
-def _at(value: Any, path: str, kind: Callable[[], Any] = str) -> Any:
-    """The value at a path of names, such as "osVersion.train", if it has this type, else the type's empty value."""
-    for name in path.split("."):
-        value = value.get(name) if type(value) is dict else None
+def _member(parent: Any, name: str, kind: Callable[[], Any]) -> Any:
+    """A member of an object if it has this type, else the type's empty value."""
+    value = parent.get(name)
     return value if type(value) is kind else kind()
 
 
-def _items(value: Any, kind: type = dict) -> list[Any]:
-    """The items of a list that have this type."""
-    return [item for item in value if type(item) is kind] if type(value) is list else []
+def _member_objects(parent: JsonObject, name: str) -> list[JsonObject]:
+    return [item for item in _member(parent, name, list) if type(item) is dict]
+
+
+def _member_number(parent: JsonObject, name: str) -> int | None:
+    value = parent.get(name)
+    return value if type(value) is int and 0 <= value <= MAX_NUMBER else None
+
+
+def _member_object_at(parent: JsonObject, name: str, index: int | None) -> JsonObject:
+    items = _member(parent, name, list)
+    return items[index] if index is not None and index < len(items) and type(items[index]) is dict else {}
+
+
+def _plain_members(parent: JsonObject) -> JsonObject:
+    return {name: value for name, value in parent.items() if type(value) in (str, int) and value != ""}
 
 
 def _apple_time(*values: Any) -> Any:
@@ -1179,9 +1203,9 @@ def _os_version(value: Any) -> Any:
     return match[1] if match else value
 
 
-def _exception_type(name: str, kill_code: str, mach: str, signal: str, otherwise: str = "Unknown") -> str:
+def _exception_type(name: str, kill_code: str, mach: str, signal: str) -> str:
     """The most specific of these names. EXC_CRASH says less than the signal."""
-    return name or kill_code or (mach if mach != "EXC_CRASH" else "") or signal or mach or otherwise
+    return name or kill_code or (mach if mach != "EXC_CRASH" else "") or signal or mach or "Unknown"
 
 
 def _kill_code(*values: Any) -> str:
@@ -1194,10 +1218,10 @@ def _kill_code(*values: Any) -> str:
 def _api_frame(number: int, binary: str, uuid: str, offset: int | None, is_own: bool | None,
                ips_frame: JsonObject) -> JsonObject:
     """A frame of our API. One from an .ips file may have a symbol and a source line."""
-    file, line = _at(ips_frame, "sourceFile").rpartition("/")[2], _integer(ips_frame.get("sourceLine"))
+    file, line = _member(ips_frame, "sourceFile", str).rpartition("/")[2], _member_number(ips_frame, "sourceLine")
     if file == "<compiler-generated>":
         file, line = "", None
-    symbol = _at(ips_frame, "symbol").replace("<redacted>", "")
+    symbol = _member(ips_frame, "symbol", str).replace("<redacted>", "")
     frame = {"frame": number, "symbol": symbol, "file": file, "line": line or None, "binary": binary[:MAX_TEXT],
              "uuid": uuid, "offset": offset, "inlined": ips_frame.get("inline") is True or None, "in_app": is_own,
              "symbolicated": bool(is_own and symbol and not file) or None}  # makes read_frame trust it
@@ -1207,63 +1231,71 @@ def _api_frame(number: int, binary: str, uuid: str, offset: int | None, is_own: 
 # == MetricKit =================================================================
 # The crashes, hangs and other diagnostics in a payload from MetricKit, in either of its shapes.
 
-MACH_EXCEPTIONS = dict(enumerate([
-    "EXC_BAD_ACCESS", "EXC_BAD_INSTRUCTION", "EXC_ARITHMETIC", "EXC_EMULATION", "EXC_SOFTWARE", "EXC_BREAKPOINT",
-    "EXC_SYSCALL", "EXC_MACH_SYSCALL", "EXC_RPC_ALERT", "EXC_CRASH", "EXC_RESOURCE", "EXC_GUARD"], 1))
-SIGNALS = dict(enumerate([  # Darwin's numbers
-    "SIGQUIT", "SIGILL", "SIGTRAP", "SIGABRT", "SIGEMT", "SIGFPE", "SIGKILL", "SIGBUS", "SIGSEGV", "SIGSYS", "SIGPIPE",
-    "SIGALRM", "SIGTERM"], 3))
+MACH_EXCEPTIONS = {
+    1: "EXC_BAD_ACCESS", 2: "EXC_BAD_INSTRUCTION", 3: "EXC_ARITHMETIC", 4: "EXC_EMULATION", 5: "EXC_SOFTWARE",
+    6: "EXC_BREAKPOINT", 7: "EXC_SYSCALL", 8: "EXC_MACH_SYSCALL", 9: "EXC_RPC_ALERT", 10: "EXC_CRASH",
+    11: "EXC_RESOURCE", 12: "EXC_GUARD", 13: "EXC_CORPSE_NOTIFY"}
+SIGNALS = {  # Darwin's numbers
+    3: "SIGQUIT", 4: "SIGILL", 5: "SIGTRAP", 6: "SIGABRT", 7: "SIGEMT", 8: "SIGFPE", 9: "SIGKILL", 10: "SIGBUS",
+    11: "SIGSEGV", 12: "SIGSYS", 13: "SIGPIPE", 14: "SIGALRM", 15: "SIGTERM"}
 EVENT_NAMES = {
     "hangDiagnostic": "Hang", "cpuExceptionDiagnostic": "CPU exception", "appLaunchDiagnostic": "Slow launch",
     "diskWriteExceptionDiagnostic": "Disk write exception"}
 DURATIONS = ("hangDuration", "totalCPUTime", "writesCaused", "totalWritesCaused", "launchDuration")
-_COLUMNS = {  # since iOS 27, the names begin with "application"
-    "appVersion": "app_version", "applicationVersion": "app_version", "appBuildVersion": "build_number",
-    "applicationBuildVersion": "build_number", "deviceType": "device_model"}
 _THREAD_STARTS = ("dyld", "libdyld.dylib", "libsystem_pthread.dylib")
+
+
 # A string without an end is one token, too: searching for an end from each quote in it would take hours.
-_BRACKETS = re.compile(r'"subFrames"\s*:\s*(\[(?:\s*\])?)|"[^"]*"?|[][]')
+_NESTING = re.compile(r'"subFrames"\s*:\s*\[|"[^"]*"?|[][]|NaN')
 
 
-def _decode_payload(text: str) -> Any:
-    """The value of JSON in which nested frames follow each other, because a call stack has two levels for each frame,
-    more than `json` reads: [{1, "subFrames": [{2}], 3}] becomes [{1, "subFrames": "["}, {2}, {"subFrames": "]", 3}].
-    Raises ValueError."""
-    pieces, position, are_frames = list[str](), 0, list[bool]()  # whether each open "[" is of `subFrames`
-    escaped = text.replace("\\\\", "  ").replace('\\"', "  ")  # other escapes do no harm
-    for token in _BRACKETS.finditer(escaped) if '"subFrames"' in text else ():
-        if "[" in (token[0], token[1]):
-            are_frames.append(token[1] == "[")
-        if token[1] == "[":
-            replacement = '"subFrames":"["},'
-        elif token[0] == "]" and are_frames and are_frames.pop():
-            replacement = ',{"subFrames":"]"'
-        else:
-            continue
-        pieces += text[position:token.start()], replacement
-        position = token.end()
-    with suppress(ValueError):  # as its positions are not those in the body
-        return _DECODER.decode(not_deep("".join([*pieces, text[position:]])))
-    return _DECODER.decode(not_deep(text))
+def _decode_nested(text: str) -> Any:
+    """The value of JSON whose `subFrames` may be nested to any depth: a call stack has two levels for each frame. In
+    deep JSON each list of `subFrames` is decoded by itself, becomes a path (see _heaviest_path), and NaN, which JSON
+    does not have, stands for it in the text around it. Raises ValueError."""
+    if not _is_deep(text, MAX_READ_DEPTH):
+        return _DECODER.decode(text)
+    unused = deque[Any]()  # the lists for the next NaNs. One decoder: a new one for each list takes a third longer
+    decoder = _make_decoder(parse_constant=lambda word: unused.popleft() if word == "NaN" else _parse_finite(word))
+    pieces, lists = [list[str]()], [list[Any]()]  # of each open text, and the lists that NaN stands for in it
+    open_brackets, position = list[bool](), 0  # whether each open "[" is of `subFrames`; where the next piece begins
+
+    def decode(end: int) -> Any:
+        """The value of the innermost open text, which ends there."""
+        unused.extend(lists.pop())
+        try:
+            return decoder.decode(not_deep("".join([*pieces.pop(), text[position:end]])))
+        except json.JSONDecodeError as error:  # its position is not that in the body
+            raise ValueError(f"{error.msg} in a deep call stack") from None
+
+    for token in _NESTING.finditer(text.replace("\\\\", "  ").replace('\\"', "  ")):  # the other escapes do no harm
+        if token[0] == "NaN":
+            raise ValueError("a number is out of range")
+        if token[0].endswith("["):
+            open_brackets.append(token[0] != "[")
+            if open_brackets[-1]:
+                pieces[-1].append(text[position:token.end() - 1] + "NaN")
+                pieces.append([])
+                lists.append([])
+                position = token.end() - 1
+        elif token[0] == "]" and open_brackets and open_brackets.pop():
+            path = _heaviest_path(decode(token.end()))
+            lists[-1].append(path)
+            position = token.end()
+    return decode(len(text))
 
 
-def _heaviest_path(parts: Iterable[JsonObject]) -> list[JsonObject]:
-    """The path that most samples took, from one of the outermost frames inwards. See _decode_payload for `parts`."""
-    open_frames = list[JsonObject]()
-    paths = [(-1, list[JsonObject]())]  # for each open list, its heaviest frame: the samples, and the path back to it
-    for part in parts:
-        path = list[JsonObject]()
-        if part.get("subFrames") == "[":
-            open_frames.append(part)
-            paths.append((-1, path))
-            continue
-        if part.get("subFrames") == "]" and open_frames:
-            path, part = paths.pop()[1], {**open_frames.pop(), **part}
-        path.append(part)
-        samples = _integer(part.get("sampleCount")) or 0
-        if samples > paths[-1][0]:
-            paths[-1] = samples, path
-    return paths[0][1][::-1]
+def _heaviest_path(frames: Any) -> deque[JsonObject]:
+    """The path that most samples took, from one of these frames inwards. It is not nested: to delete 5,000 nested
+    objects takes more stack than a thread may have."""
+    path, steps = deque[JsonObject](), list[JsonObject]()
+    while type(frames) is list and (objects := [frame for frame in frames if type(frame) is dict]):
+        steps.append(max(objects, key=lambda frame: _member_number(frame, "sampleCount") or 0))
+        frames = steps[-1].pop("subFrames", None)
+        if type(frames) is deque:
+            path = frames
+    path.extendleft(reversed(steps))
+    return path
 
 
 def _metrickit_diagnostics(payload: JsonObject) -> Iterator[Diagnostic]:
@@ -1271,7 +1303,7 @@ def _metrickit_diagnostics(payload: JsonObject) -> Iterator[Diagnostic]:
     if not kinds and not payload.keys() & {"timeStampBegin", "timeStampEnd", "timeRange"}:
         hint = "; POST a crash of our own form to /api/v1/crashes" if "exception_type" in payload else ""
         raise Refusal(UNKNOWN_FORMAT, detail="the object is neither a MetricKit payload nor an .ips file" + hint)
-    span, environment = _at(payload, "timeRange", dict), _at(payload, "environment", dict)
+    span, environment = _member(payload, "timeRange", dict), _member(payload, "environment", dict)
     occurred_at = _apple_time(
         payload.get("timeStampEnd"), payload.get("timeStampBegin"), span.get("end"), span.get("begin"))
     for kind in kinds:
@@ -1289,122 +1321,128 @@ def _metrickit_diagnostics(payload: JsonObject) -> Iterator[Diagnostic]:
 def _metrickit_diagnostic(kind: str, item: JsonObject, environment: JsonObject) -> Diagnostic | None:
     """A crash, or an event for a diagnostic that did not end the app. None for an unknown kind without a call stack.
     Values without a column are kept under Apple's names."""
-    meta = {**environment, **item, **_at(item, "diagnosticMetaData", dict)}
+    meta = {**environment, **item, **_member(item, "diagnosticMetaData", dict)}
     for name in ("callStackTree", "diagnosticMetaData", "version"):
         meta.pop(name, None)
-    columns = {column: value for name, column in _COLUMNS.items() if (value := meta.pop(name, None))}
-    columns["os_version"] = _os_version(meta.pop("osVersion", None))
+    columns = {  # since iOS 27, the names begin with "application"
+        "app_version": meta.pop("appVersion", None) or meta.pop("applicationVersion", None),
+        "build_number": meta.pop("appBuildVersion", None) or meta.pop("applicationBuildVersion", None),
+        "device_model": meta.pop("deviceType", None) or None, "os_version": _os_version(meta.pop("osVersion", None))}
     is_crash = kind in ("crashDiagnostic", "memoryExceptionDiagnostic")
-    trace = _metrickit_trace(_at(item, "callStackTree", dict), is_crash)
+    trace = _metrickit_trace(_member(item, "callStackTree", dict), is_crash)
     if is_crash:
         return parse_crash, {**meta, **columns, **_metrickit_exception(kind, meta), "stack_trace": trace}
     if not trace and kind not in EVENT_NAMES:
         return None
-    duration = next((meta.pop(name) for name in DURATIONS if meta.get(name)), None)
-    known = {"duration": duration, "build_number": columns.pop("build_number", None), "stack_trace": trace}
+    duration = next((name for name in DURATIONS if meta.get(name)), "")
+    known = {"duration": meta.pop(duration, None), "build_number": columns.pop("build_number"), "stack_trace": trace}
+    properties = {**meta, **{name: value for name, value in known.items() if value not in (None, "", [])}}
     words = re.sub("(?<=[a-z0-9])([A-Z])", r" \1", kind[:-len("Diagnostic")][:MAX_TEXT])  # gpuHang: "Gpu hang"
-    return parse_event, {**columns, "type": "error", "name": EVENT_NAMES.get(kind, words.capitalize()),
-                         "properties": {**meta, **{name: value for name, value in known.items() if value}}}
+    name = EVENT_NAMES.get(kind, words.capitalize())
+    return parse_event, {**columns, "type": "error", "name": name, "properties": properties}
 
 
 def _metrickit_exception(kind: str, meta: JsonObject) -> JsonObject:
-    thrown, termination = _at(meta, "objectiveCexceptionReason", dict), _at(meta, "terminationReason")
-    mach, signal = (_at(meta, name) or names.get(_integer(meta.get(name)) or 0, "") for name, names in (
-        ("exceptionType", MACH_EXCEPTIONS), ("signal", SIGNALS)))
-    return {"exception_type": _exception_type(
-                _at(thrown, "exceptionName") or _at(thrown, "className"), _kill_code(termination), mach, signal,
-                "Memory exception" if kind == "memoryExceptionDiagnostic" else "Unknown"),
-            "exception_reason": _at(thrown, "composedMessage") or termination}
+    thrown, termination = _member(meta, "objectiveCexceptionReason", dict), _member(meta, "terminationReason", str)
+    mach, signal = _code_name(MACH_EXCEPTIONS, meta.get("exceptionType")), _code_name(SIGNALS, meta.get("signal"))
+    name = _member(thrown, "exceptionName", str) or _member(thrown, "className", str)
+    exception_type = _exception_type(name, _kill_code(termination), mach, signal)
+    if exception_type == "Unknown" and kind == "memoryExceptionDiagnostic":
+        exception_type = "Memory exception"
+    reason = _member(thrown, "composedMessage", str) or termination
+    return {"exception_type": exception_type, "exception_reason": reason}
+
+
+def _code_name(names: Mapping[int, str], code: Any) -> str:
+    return code if type(code) is str else names.get(code, "") if type(code) is int else ""
 
 
 def _metrickit_trace(tree: JsonObject, is_crash: bool) -> list[JsonObject]:
     """The frames of the thread in question, innermost first. In a tree of samples, the path that most samples took."""
-    stacks = _items(tree.get("callStacks")) or _items(tree.get("callStackThreads"))
+    stacks = _member_objects(tree, "callStacks") or _member_objects(tree, "callStackThreads")
     stack = next((stack for stack in stacks if stack.get("threadAttributed") is True), stacks[0] if stacks else {})
-    names = {uuid: _at(image, "name")[:MAX_TEXT] for image in _items(tree.get("binaryInfo"))
-             if (uuid := image_uuid(image.get("uuid")))}
-    path = [(_at(frame, "binaryName") or names.get(image_uuid(frame.get("binaryUUID")), ""), frame)
-            for frame in _heaviest_path(_items(stack.get("callStackRootFrames")) or _items(stack.get("rootFrames")))]
+    path = _heaviest_path(_member_objects(stack, "callStackRootFrames") or _member_objects(stack, "rootFrames"))
+    images = _member_objects(tree, "binaryInfo")
+    names = {uuid: _member(image, "name", str)[:MAX_TEXT]
+             for image in images if (uuid := image_uuid(image.get("uuid")))}
+    steps = [(frame, _member(frame, "binaryName", str) or names.get(image_uuid(frame.get("binaryUUID")), ""))
+             for frame in path]
     # A sampled path may begin where its thread began, and end with the innermost frame.
-    if not is_crash and path and path[0][0] in _THREAD_STARTS and path[-1][0] not in _THREAD_STARTS:
-        path.reverse()
-    trace = []
-    for number, (binary, frame) in _limit_length([*enumerate(path)], spare_frames=1):
-        offset, address = _integer(frame.get("offsetIntoBinaryTextSegment")), _integer(frame.get("address"))
-        base = address - (offset or 0) if address is not None and address >= (offset or 0) else None
-        if offset is not None and offset >= 1 << 32:  # iOS 14 and 15 and macOS 12 give the load address as the offset
-            base, offset = offset, base
-        is_own = is_own_code("", "", base, binary)  # without a path, the load address tells
-        trace.append(_api_frame(number, binary, image_uuid(frame.get("binaryUUID")), offset, is_own, {}))
-    return trace
+    if not is_crash and path and steps[0][1] in _THREAD_STARTS and steps[-1][1] not in _THREAD_STARTS:
+        steps.reverse()
+    return [_metrickit_frame(number, *step) for number, step in _limit_length([*enumerate(steps)], spare_frames=1)]
+
+
+def _metrickit_frame(number: int, frame: JsonObject, binary: str) -> JsonObject:
+    """A frame of our API from one of MetricKit. It has no path, so its load address tells whether it is own code."""
+    offset, address = _member_number(frame, "offsetIntoBinaryTextSegment"), _member_number(frame, "address")
+    base = address - (offset or 0) if address is not None and address >= (offset or 0) else None
+    if offset is not None and offset >= 1 << 32:  # iOS 14 and 15 and macOS 12 give the load address as the offset
+        base, offset = offset, base
+    is_own = is_own_code("", "", base, binary)
+    return _api_frame(number, binary, image_uuid(frame.get("binaryUUID")), offset, is_own, {})
 
 
 # == Crash files ===============================================================
 # The crash in an .ips file, or in the text of a .crash file, which is brought into the form of an .ips file first.
 
-_IPS_FIELDS = {  # those without a column of ours that are kept, each with its path; others may tell who the user is
-    "process": "procName", "platformArchitecture": "cpuType", "bundleIdentifier": "bundleInfo.CFBundleIdentifier",
-    "exceptionCodes": "exception.codes", "exceptionSubtype": "exception.subtype"}
 _UNCAUGHT = re.compile(r"uncaught exception '([^'\n]{1,200})', reason: '(.*?)(?:'(?: \*\*\*|\n)|'?\Z)", re.S)
 _FATAL = re.compile("Fatal error|Precondition failed|Assertion failed|BUG IN ")
 _UNINFORMATIVE = re.compile(r"^(?:abort\(\) called|Performing @selector\(.*)$", re.M)
 
 
-def _ips_crash(body: JsonObject) -> JsonObject:
-    """The crash in the body of an .ips file, with its header. Only the fields that are named here are kept."""
-    termination = {name: value for name in ("namespace", "code", "indicator")
-                   if type(value := _at(body, "termination", dict).get(name)) in (str, int) and value != ""}
-    kept = {name: _at(body, path) for name, path in _IPS_FIELDS.items()}
-    exception_type, reason = _ips_exception(body)
-    return {
-        **{name: value for name, value in (*kept.items(), ("termination", termination)) if value},
-        "exception_type": exception_type, "exception_reason": reason, "stack_trace": _ips_trace(body),
-        "app_version": _at(body, "app_version") or _at(body, "bundleInfo.CFBundleShortVersionString"),
-        "build_number": _at(body, "build_version") or _at(body, "bundleInfo", dict).get("CFBundleVersion"),
-        "os_version": _os_version(_at(body, "osVersion.train") or _at(body, "os_version")),
-        "device_model": _at(body, "modelCode"),
-        "occurred_at": _apple_time(body.get("captureTime"), body.get("timestamp"))}
-
-
-def _ips_exception(body: JsonObject) -> tuple[str, str]:
-    """The type and the reason of the crash in an .ips file."""
-    termination = _at(body, "termination", dict)
-    notes = [note for notes in _at(body, "asi", dict).values() for note in _items(notes, str)]  # application-specific
-    details = [*_items(termination.get("reasons"), str), *_items(termination.get("details"), str)]
+def _ips_crash(header: JsonObject, body: JsonObject) -> JsonObject:
+    """The crash in an .ips file. Only the fields that are named here are kept."""
+    exception, termination, bundle = (_member(body, name, dict) for name in ("exception", "termination", "bundleInfo"))
+    notes = [note for notes in _member(body, "asi", dict).values() if type(notes) is list  # "application-specific"
+             for note in notes if type(note) is str]
+    details = [text for name in ("reasons", "details") for text in _member(termination, name, list)
+               if type(text) is str]
     informative = [text for note in notes if (text := _UNINFORMATIVE.sub("", note).strip())]
-    thrown = next(filter(None, map(_UNCAUGHT.search, notes)), None) or ("", "", "")
-    exception_type = _exception_type(
-        _at(body, "exceptionReason.name") or thrown[1],
-        _kill_code(termination.get("code"), *details), _at(body, "exception.type"), _at(body, "exception.signal"))
-    texts = (_at(body, "exceptionReason.composed_message"), thrown[2], next(filter(_FATAL.search, informative), ""),
-             *informative[:1], _at(body, "exception.subtype"), " ".join(details),
-             _at(termination, "indicator"), *notes[:1])
-    return exception_type, next(filter(None, texts), "")
+    thrown = next(filter(None, map(_UNCAUGHT.search, notes)), None)
+    name, message = (_member(_member(body, "exceptionReason", dict), member, str) for member in (
+        "name", "composed_message"))
+    reasons = [message, thrown and thrown[2], next(filter(_FATAL.search, informative), ""), *informative[:1],
+               _member(exception, "subtype", str), " ".join(details), _member(termination, "indicator", str),
+               *notes[:1]]
+    kept_termination = _plain_members({name: termination.get(name) for name in ("namespace", "code", "indicator")})
+    return {
+        **_plain_members({
+            "process": body.get("procName") or header.get("app_name"), "platformArchitecture": body.get("cpuType"),
+            "bundleIdentifier": bundle.get("CFBundleIdentifier") or header.get("bundleID"),
+            "exceptionCodes": exception.get("codes"), "exceptionSubtype": exception.get("subtype")}),
+        **({"termination": kept_termination} if kept_termination else {}),
+        "exception_type": _exception_type(
+            name or (thrown[1] if thrown else ""), _kill_code(termination.get("code"), *details),
+            _member(exception, "type", str), _member(exception, "signal", str)),
+        "exception_reason": next(filter(None, reasons), None), "stack_trace": _ips_trace(body),
+        "app_version": header.get("app_version") or bundle.get("CFBundleShortVersionString"),
+        "build_number": header.get("build_version") or bundle.get("CFBundleVersion"),
+        "os_version": _os_version(_member(body, "osVersion", dict).get("train") or header.get("os_version")),
+        "device_model": body.get("modelCode"),
+        "occurred_at": _apple_time(body.get("captureTime"), header.get("timestamp"))}
 
 
 def _ips_trace(body: JsonObject) -> list[JsonObject]:
     """The frames of the exception, or of the thread that crashed if there is no exception."""
-    images, threads = ({index: item for index, item in enumerate(_at(body, name, list)) if type(item) is dict}
-                       for name in ("usedImages", "threads"))
-    triggered = (thread for thread in threads.values() if thread.get("triggered") is True)
-    index: Any = _integer(body.get("faultingThread"))
-    thread = threads.get(index) or next(triggered, {})
-    frames = _items(body.get("lastExceptionBacktrace")) or _items(thread.get("frames"))
-    main_path, trace = _at(body, "procPath")[:MAX_PATH], []
+    triggered = (thread for thread in _member_objects(body, "threads") if thread.get("triggered") is True)
+    thread = _member_object_at(body, "threads", _member_number(body, "faultingThread")) or next(triggered, {})
+    frames = _member_objects(body, "lastExceptionBacktrace") or _member_objects(thread, "frames")
+    main_path, trace = _member(body, "procPath", str)[:MAX_PATH], []
     for number, frame in _limit_length([*enumerate(frames)], spare_frames=1):
-        index = _integer(frame.get("imageIndex"))
-        frame = {**images.get(index, {}), **frame}
-        path, uuid = _at(frame, "path")[:MAX_PATH], image_uuid(frame.get("uuid"))
-        binary = (_at(frame, "name") or path.rpartition("/")[2]).replace("???", "")
-        offset = _integer(frame.get("imageOffset")) if binary or uuid else None  # without an image it is an address
+        image = _member_object_at(body, "usedImages", _member_number(frame, "imageIndex"))
+        path, uuid = _member(image, "path", str)[:MAX_PATH], image_uuid(image.get("uuid"))
+        binary = (_member(image, "name", str) or path.rpartition("/")[2]).replace("???", "")
+        offset = _member_number(frame, "imageOffset") if binary or uuid else None  # without an image it is an address
         is_own = True if path and path == main_path else is_own_code("", path, None, binary)
         trace.append(_api_frame(number, binary, uuid, offset, is_own, frame))
     return trace
 
 
 _CRASH_HEADER = re.compile(r"^([A-Z][\w /]{1,40}):(.*)", re.M)
-_CRASH_TYPE = re.compile(r"\A(\w+)(?: \((\w+))?")
-_TERMINATION = re.compile(r"\A(?:Namespace )?(\w+),? (?:Code )?(0x[0-9a-f]{1,16}|[0-9]{1,19})\b[, ]*(.*)", re.I)
+_CRASH_TYPE = re.compile(r"(\w+)(?: \((\w+))?")
+_TERMINATION = re.compile(r"(?:Namespace )?(\w+),? (?:Code )?(0x[0-9a-f]{1,16}|[0-9]{1,19})\b[, ]*(.*)", re.I)
+_CRASH_THREAD = re.compile(r"^(?:Last Exception Backtrace:|Thread [0-9]{1,9} Crashed:).*\n", re.M)
 _CRASH_FRAME = re.compile(r"^[0-9]{1,9}[ \t](.*?)0x([0-9a-f]{1,16})\b(.*)", re.M | re.I)
 _CRASH_SYMBOL = re.compile(  # Cart.total() + 112 (Cart.swift:12), or Cart.total() (in Shop) (Cart.swift:12) + 112
     r"(?!0x)(.*?)(?: \(in [^()]{1,200}\))?(?: \+ [0-9]+)?(?: \[inlined\])?"
@@ -1420,51 +1458,51 @@ def _crash_text_as_ips(text: str) -> JsonObject:
     text = text.replace("\x00", "\ufffd").replace("\r\n", "\n")
     headers = reversed(_CRASH_HEADER.findall(text))  # of two with the same name, the first counts
     header = defaultdict(str, {name: value.strip() for name, value in headers})
-    (mach, signal), = _CRASH_TYPE.findall(header["Exception Type"]) or [("", "")]
-    (namespace, code, indicator), = _TERMINATION.findall(header["Termination Reason"]) or [("", "", "")]
+    types, termination = _CRASH_TYPE.match(header["Exception Type"]), _TERMINATION.match(header["Termination Reason"])
     version, _, build = header["Version"].replace("???", "").rstrip(") ").partition("(")
     if re.match(r"iPhone OS ([0-9]|1[0-4])\b", header["OS Version"]):  # wrote the build first
         version, build = build, version
-    context = re.findall("^<RBSTerminateContext.*", text, re.M)
+    context = re.search("^<RBSTerminateContext.*", text, re.M)
     return {
-        "exception": {"type": mach, "signal": signal, "codes": header["Exception Codes"],
+        "exception": {"type": types and types[1], "signal": types and types[2], "codes": header["Exception Codes"],
                       "subtype": header["Exception Subtype"] or re.sub("^[^A-Z].*", "", header["Exception Codes"])},
-        "termination": {"namespace": namespace, "code": _integer(code), "indicator": indicator,
-                        "details": [*filter(None, [header["Termination Description"]]), *context][:1]},
-        "asi": {"": [_paragraph_after("Application Specific Information", text)]},
+        "termination": {"details": [header["Termination Description"] or (context and context[0])],
+                        "namespace": termination and termination[1], "code": termination and _integer(termination[2]),
+                        "indicator": termination and termination[3]},
+        "asi": {"": [_paragraph_after(re.search("^Application Specific Information:.*\n", text, re.M))]},
         "bundleInfo": {"CFBundleShortVersionString": version.strip(), "CFBundleVersion": build.strip(),
                        "CFBundleIdentifier": header["Identifier"]},
         "procName": header["Process"].partition(" [")[0], "procPath": header["Path"],
         "cpuType": header["Code Type"].partition(" (")[0], "osVersion": {"train": header["OS Version"]},
-        "modelCode": header["Hardware Model"], "captureTime": header["Date/Time"],
-        "lastExceptionBacktrace": _crash_text_frames(text)}
+        "modelCode": header["Hardware Model"], "captureTime": header["Date/Time"], **_crash_text_stack(text)}
 
 
-def _paragraph_after(title: str, text: str) -> str:
-    """The text between a title, which is a pattern, and the next empty line."""
-    match = re.search(f"^(?:{title}):.*\n", text, re.M)
-    return re.split(r"\n[ \t]*\n", text[match.end():], maxsplit=1)[0] if match else ""
+def _paragraph_after(title: re.Match[str] | None) -> str:
+    """The text between a title and the next empty line."""
+    return re.split(r"\n[ \t]*\n", title.string[title.end():], maxsplit=1)[0] if title else ""
 
 
-def _crash_text_frames(text: str) -> list[JsonObject]:
-    """The frames in the form of an .ips body, each with the fields of its image, which its address tells."""
+def _crash_text_stack(text: str) -> JsonObject:
+    """The frames and images in the form of an .ips body. A frame's address tells which image it is in."""
     images_by_start = {int(start, 16): (int(end, 16), {"path": path.strip(), "uuid": uuid})
                        for start, end, uuid, path in _CRASH_IMAGE.findall(text)}
-    images_by_start[0] = -1, {}  # its image "???" contains every address
-    stack = _paragraph_after("Last Exception Backtrace|Thread [0-9]{1,9} Crashed", text)
-    lines = _CRASH_FRAME.findall(stack)
-    if stack[:1] == "(":  # the backtrace of an exception without symbols is one line of addresses
-        lines = [("", digits, "") for digits in re.findall(r"0x([0-9a-f]{1,16})\b", stack)]
-    starts, frames = sorted(images_by_start), list[JsonObject]()
+    images_by_start.pop(0, None)  # the image "???" contains every address
+    section = _paragraph_after(_CRASH_THREAD.search(text))
+    lines = _CRASH_FRAME.findall(section)
+    if section[:1] == "(":  # the backtrace of an exception without symbols is one line of addresses
+        lines = [("", digits, "") for digits in re.findall(r"0x([0-9a-f]{1,16})\b", section)]
+    starts, frames, images = sorted(images_by_start), list[JsonObject](), list[JsonObject]()
     for binary, digits, place in lines[:2000]:  # Apple's tools write up to 512
         address, match = int(digits, 16), _CRASH_SYMBOL.fullmatch(place.strip())
-        start = starts[bisect_right(starts, address) - 1]
-        end, image = images_by_start[start]
-        symbol, file, line = match.groups() if match else ("", "", None)
-        frames.append({**(image if address <= end else {}), "name": binary.strip(),
-                       "imageOffset": address - start if address <= end else None, "symbol": symbol,
-                       "sourceFile": file, "sourceLine": _integer(line), "inline": "[inlined]" in place})
-    return frames
+        start = starts[bisect_right(starts, address) - 1] if starts else 0
+        end, image = images_by_start.get(start, (0, {}))
+        is_known = start <= address <= end
+        images.append({**(image if is_known else {}), "name": binary.strip()})
+        symbol, file, line = match.groups() if match else (None, None, None)
+        frames.append({"imageIndex": len(frames), "imageOffset": address - start if is_known else None,
+                       "symbol": symbol, "sourceFile": file, "sourceLine": int(line) if line else None,
+                       "inline": "[inlined]" in place})
+    return {"usedImages": images, "lastExceptionBacktrace": frames}
 
 
 # == Diagnostics ===============================================================
@@ -1512,28 +1550,31 @@ def parse_crash_body(body: bytes) -> Crash:
 
 
 def _read_diagnostics(text: str) -> Iterable[Diagnostic]:
+    if not text.strip():
+        raise Refusal(UNKNOWN_FORMAT, detail="the body is empty")
     try:
-        objects, problem = [_decode_payload(text)], ""
+        objects, problem = [_decode_nested(text)], ""
     except ValueError as error:
         objects, problem = _objects_on_lines(text), json_problem(error)
     if not all(type(value) is dict for value in objects):
         raise Refusal(UNKNOWN_FORMAT, detail=f"the body is {_json_type(objects[0])}, not an object")
-    report = dict(ChainMap(*objects))  # the header and the body of an .ips file
-    bug_type, = re.findall(r"\A[0-9]{1,9}\Z", str(report.get("bug_type"))) or [""]
+    bug_types = [str(value.get("bug_type")) for value in objects]
+    bug_type = next(filter(re.compile("[0-9]{1,9}").fullmatch, bug_types), "")
     if bug_type and BUG_TYPES.get(bug_type) != "a crash":
         raise Refusal(f"unsupported bug_type {bug_type}",
                       detail=f"{BUG_TYPES.get(bug_type, 'it')} is not a crash of the app")
     # Without a header, the fields must be ones that no other format has.
-    is_ips = bool(report.keys() & ({"threads", "exception"} if bug_type else {"usedImages", "termination"}))
-    if not is_ips and problem and re.search("^Exception Type:", text, re.M):
-        is_ips, report = True, {**report, **_crash_text_as_ips(text)}
-    if is_ips:
-        return [(parse_crash, _ips_crash(report))]
+    ips_fields = {"threads", "exception"} if bug_type else {"usedImages", "termination"}
+    ips_body = next((value for value in objects if value.keys() & ips_fields), None)
+    if ips_body is None and problem and re.search("^Exception Type:", text, re.M):
+        ips_body = _crash_text_as_ips(text)
+    if ips_body is not None:
+        return [(parse_crash, _ips_crash(objects[0] if objects else {}, ips_body))]
     if problem or bug_type:
         if "Exception Type:" in text:  # but not at the start of a line
             problem = "a .crash file without its line ends; curl keeps them with --data-binary"
         raise Refusal(UNKNOWN_FORMAT, detail="an .ips file whose body cannot be read" if bug_type else problem)
-    return _metrickit_diagnostics(report)
+    return _metrickit_diagnostics(objects[0])
 
 
 def _objects_on_lines(text: str) -> list[JsonObject]:
@@ -1741,11 +1782,17 @@ Function = tuple[str, str, int]  # name, file or "", and line or 0
 class Symbols:
     """The stored symbols, as one transaction sees them."""
 
-    def __init__(self, db: Any, max_lookups: int = MAX_NUMBER):
-        self._db, self.lookups_left = db, max_lookups
+    def __init__(self, db: Any):
+        self._db = db
         self._held: dict[str, bool] = {}
         self._functions: dict[tuple[str, int], list[Function]] = {}  # by build and offset
         self._page: Any = None  # a cached _read_page, made late because few commits need it
+        self.max_lookups = MAX_NUMBER  # in the transaction
+
+    @property
+    def lookups(self) -> int:
+        """How many instructions were looked up."""
+        return len(self._functions)
 
     def is_held(self, uuid: str) -> bool:
         """Whether all symbols of a build are stored."""
@@ -1773,16 +1820,15 @@ class Symbols:
             yield strings[name], strings[file] if file >= 0 else "", line
             depth += 1
 
-    def symbolicated(self, frames: Iterable[JsonObject], max_lookups: int = GROUPED_LOOKUPS) -> Iterator[JsonObject]:
+    def symbolicated(self, frames: Iterable[JsonObject], new_lookups: int = GROUPED_LOOKUPS) -> Iterator[JsonObject]:
         """The frames, symbolicated: each becomes a frame for every function at its instruction, innermost first. A
-        frame stays as it is if its symbols are unknown, or after so many look-ups."""
-        last_left, is_return_address = max(0, self.lookups_left - max_lookups), False
+        frame stays as it is if its symbols are unknown, or after `new_lookups` more look-ups."""
+        max_lookups, is_return_address = min(self.lookups + new_lookups, self.max_lookups), False
         for frame in frames:
             read, functions = read_frame(frame), list[Function]()
             if read.uuid and read.offset is not None and not read.file and self.is_held(read.uuid):
                 instruction = read.uuid, max(0, read.offset - int(is_return_address))  # the call, not what follows it
-                if instruction not in self._functions and self.lookups_left > last_left:
-                    self.lookups_left -= 1
+                if instruction not in self._functions and self.lookups < max_lookups:
                     self._functions[instruction] = list(self.lookup(*instruction))
                 functions = self._functions.get(instruction, [])
             if not functions:
@@ -1805,7 +1851,7 @@ class Symbols:
         """The group that follows from symbolicated frames. If others were cut and none of these is the app's own, the
         crash stays in its group: the frames that decided it may be gone."""
         named, searched = tee(map(read_frame, self.symbolicated(frames)))
-        if is_cut and not any(frame.is_own and _is_specific(frame.label, True) for frame in searched):
+        if is_cut and not any(map(_GROUP_RULES[0], searched)):
             return group
         return group_hash(exception_type, named)
 
@@ -4003,7 +4049,7 @@ class Commit:
             if earlier and earlier[0] != request:
                 submission.error = Refusal("idempotency key reused with a different body")
                 continue
-            self._symbols.lookups_left = REQUEST_LOOKUPS  # as nobody else can write meanwhile
+            self._symbols.max_lookups = self._symbols.lookups + REQUEST_LOOKUPS  # as nobody else can write meanwhile
             submission.reports = reports = self.regrouped(submission.reports)  # also of a replay, for its answer
             seqs = earlier[1] if earlier else range(seq, seq + len(reports))
             if not earlier:
@@ -4031,7 +4077,7 @@ class Commit:
         for report in reports:
             if type(report) is Crash and self._symbols.can_name(report.images):
                 report = self._symbols.regrouped(report)
-                if not self._symbols.lookups_left:
+                if self._symbols.lookups >= self._symbols.max_lookups:
                     self._to_move.add(report.group_hash)
             done.append(report)
         return done
@@ -4302,47 +4348,73 @@ SYMBOL_PAGES = 100  # pages of symbols that a step deletes: each may take 100 kB
 class SymbolStore(Deletion):
     """Apps and their reports, and the symbols of builds."""
 
-    _to_regroup: Mapping[Row, list[int]] = {}  # the crashes after a position in a group
+    _to_regroup: tuple[Row, list[int]] = ((), [])  # a position in a group, and the crashes after it
 
     def put_symbols(self, uuid: str, part: SymbolPart) -> tuple[JsonObject, bool]:
         """Stores a part of the symbols of a build; an earlier upload of the same part is replaced. Returns the progress
         of the upload, and whether this part, or the whole build, was stored before. A complete build stays as it is. An
         upload with another number of parts starts over. Raises Refusal if there is no room."""
-        self._repeat_step(partial(self._expire_symbols, uuid=uuid, parts=part.parts))
-        with self.writing() as db:
-            was_stored = Symbols(db).is_held(uuid) or self._store_part(db, uuid, part)
-            progress, = dict_rows(db, "select uuid, parts, received from symbols where uuid = ?", (uuid,))
-            progress["complete"] = progress["received"] == progress["parts"]
-            if progress["complete"] and not was_stored:
-                self._symbols_arrived(db, uuid)
-        return progress, was_stored
+        while True:
+            with self.writing() as db:
+                build = self._build_to_delete(db, uuid, part)
+                if not build:
+                    was_stored = self._store_part(db, uuid, part)
+                    progress, = dict_rows(db, "select uuid, parts, received from symbols where uuid = ?", (uuid,))
+                    progress["complete"] = progress["received"] == progress["parts"]
+                    if progress["complete"] and not was_stored:
+                        self._symbols_arrived(db, uuid)
+                    return progress, was_stored
+            self._repeat_step(partial(self._drop_symbols, uuid=build))
+
+    @staticmethod
+    def _build_to_delete(db: Connection, uuid: str, part: SymbolPart) -> str:
+        """The build whose symbols must be deleted first; "" for none. That is this build, if its upload began with
+        another number of parts or its symbols are being deleted; or the oldest build without crashes, if there are too
+        many. Raises Refusal if all have crashes."""
+        if db.execute("select 1 from symbols where uuid = ? and received < parts and (parts <> ? or received = 0)",
+                      (uuid, part.parts)).fetchone():
+            return uuid
+        builds, = db.execute("select count(*) from symbols where uuid <> ?", (uuid,)).fetchone()
+        if builds < MAX_SYMBOL_BUILDS:
+            return ""
+        oldest, has_crashes = db.execute("""
+            select uuid, uuid in (select uuid from group_images) as has_crashes from symbols where uuid <> ?
+            order by has_crashes, uploaded_at, uuid limit 1""", (uuid,)).fetchone()
+        if has_crashes:
+            raise Refusal("too many symbols", detail=(
+                f"those of {MAX_SYMBOL_BUILDS} builds with crashes are held;"
+                f" 'symbols delete {oldest}' deletes the oldest"))
+        return str(oldest)
 
     def _store_part(self, db: Connection, uuid: str, part: SymbolPart) -> bool:
-        """Writes a part. Returns whether it was stored before. Raises Refusal if the symbols take too much then."""
+        """Writes a part, unless the build is complete. Returns whether the part was stored before."""
+        if Symbols(db).is_held(uuid):
+            return True
         was_stored = db.execute("delete from symbol_parts where uuid = ? and part = ?", (uuid, part.part)).rowcount > 0
         if was_stored:  # only then, because this reads all pages of the build
             db.execute("delete from symbol_pages where uuid = ? and part = ?", (uuid, part.part))
-        db.execute("insert into symbol_parts values (?, ?, ?, ?)", (uuid, part.part, part.size, part.rows))
-        write_rows(db, f"""
+        build_size, total_size = db.execute("""
+            select coalesce(sum(case when uuid = ? then size end), 0), coalesce(sum(size), 0) from symbol_parts
+            """, (uuid,)).fetchone()
+        if build_size + part.size > MAX_SYMBOL_BYTES:
+            raise Refusal("too many symbols", detail=f"those of a build may take {megabytes(MAX_SYMBOL_BYTES)};"
+                                                     f" 'symbols delete {uuid}' deletes what came")
+        if total_size + part.size > (self.max_db_size // 2 or math.inf):  # symbols must leave room for reports
+            raise Refusal("too many symbols", detail="they would take more than half of BACKFEEDR_MAX_DB_SIZE;"
+                                                     " 'symbols delete' makes room")
+        db.execute("""
+            insert into symbols values (?, ?, ?, ?, 0, 0, 0, ?) on conflict (uuid) do update set
+                binary_name = excluded.binary_name, arch = excluded.arch, uploaded_at = excluded.uploaded_at
+            """, (uuid, part.binary, part.arch, part.parts, self.now))
+        write_rows(db, """
             insert into symbol_pages values *
-            on conflict (uuid, first) do update set {_replacements(("part", "page"))}
+            on conflict (uuid, first) do update set part = excluded.part, page = excluded.page
             """, [(uuid, first, part.part, page) for first, page in part.pages])
-        db.execute(f"""
-            insert into symbols
-            select uuid, :binary, :arch, :parts, count(*), sum(size), sum(rows), :now from symbol_parts
-            where uuid = :uuid group by uuid
-            on conflict (uuid) do update set {_replacements((
-                "binary_name", "arch", "received", "size", "rows", "uploaded_at"))}
-            """, {"uuid": uuid, "binary": part.binary, "arch": part.arch, "parts": part.parts, "now": self.now})
-        builds, total, size = db.execute("""
-            select count(*), sum(size), sum(case when uuid = ? then size end) from symbols""", (uuid,)).fetchone()
-        for is_too_much, problem in (
-                (builds > MAX_SYMBOL_BUILDS, f"those of {MAX_SYMBOL_BUILDS} builds with crashes are held"),
-                (size > MAX_SYMBOL_BYTES, f"those of a build may take {megabytes(MAX_SYMBOL_BYTES)}"),
-                # They must leave room for reports.
-                (total > (self.max_db_size // 2 or total), "they would take more than half of BACKFEEDR_MAX_DB_SIZE")):
-            if is_too_much:
-                raise Refusal("too many symbols", detail=problem + "; 'symbols delete' makes room")
+        db.execute("insert into symbol_parts values (?, ?, ?, ?)", (uuid, part.part, part.size, part.rows))
+        db.execute("""
+            update symbols set (received, size, rows) = (
+                select count(*), sum(size), sum(rows) from symbol_parts where uuid = :uuid)
+            where uuid = :uuid""", {"uuid": uuid})
         return was_stored
 
     @staticmethod
@@ -4379,23 +4451,19 @@ class SymbolStore(Deletion):
             """, (uuid, SYMBOL_PAGES)).rowcount
         return +Counter(symbols=deleted or db.execute("delete from symbols where uuid = ?", (uuid,)).rowcount)
 
-    def _expire_symbols(self, db: Connection, uuid: str = "", parts: int = 0) -> Counter[str]:
-        """One step of deleting symbols: of an upload that was given up, or that the one of this build in so many parts
-        replaces; of the oldest build without crashes, if there are too many; and of old builds. A build is old if no
-        crash of it is stored, and a later build of the binary got its symbols before the retention began: then hardly
-        any hang of the old build is stored either."""
+    def _expire_symbols(self, db: Connection) -> Counter[str]:
+        """One step of deleting useless symbols: those of an upload that was never completed, and those of an old build.
+        A build is old if no crash of it is stored, and a later build of the binary got its symbols before the retention
+        began: then hardly any hang of the old build is stored either."""
         row = db.execute("""
             select uuid from symbols
-            where received < parts and (uploaded_at < :given_up or uuid = :uuid and (parts <> :parts or received = 0))
-                or uuid <> :uuid and uuid not in (select uuid from group_images) and (
-                    (select count(*) from symbols where uuid <> :uuid) >= :most
-                    or uploaded_at < :expired and exists (
-                        select 1 from symbols as later where later.binary_name = symbols.binary_name
-                            and later.received = later.parts and later.uploaded_at > symbols.uploaded_at
-                            and later.uploaded_at < :expired))
-            order by uploaded_at, uuid limit 1
-            """, {"uuid": uuid, "parts": parts, "most": MAX_SYMBOL_BUILDS + (not uuid), "given_up": self.now
-                  - UPLOAD_DAYS * DAY, "expired": self._first_kept_seq >> SEQ_BITS}).fetchone()
+            where received < parts and uploaded_at < :given_up or uploaded_at < :expired
+                and uuid not in (select uuid from group_images) and exists (
+                    select 1 from symbols as later where later.binary_name = symbols.binary_name
+                        and later.received = later.parts and later.uploaded_at > symbols.uploaded_at
+                        and later.uploaded_at < :expired)
+            order by uuid limit 1
+            """, {"given_up": self.now - UPLOAD_DAYS * DAY, "expired": self._first_kept_seq >> SEQ_BITS}).fetchone()
         return self._drop_symbols(db, row[0]) if row else Counter()
 
     # Moving crashes to other groups
@@ -4405,37 +4473,36 @@ class SymbolStore(Deletion):
         checked; 0 if there is nothing left to do."""
         batches, deadline, symbols = 0, time.monotonic() + STEP_SECONDS, Symbols(db)
         while row := db.execute("select * from regroupings order by app_id, group_hash limit 1").fetchone():
-            self._regroup_crashes(db, symbols, deadline, *row)
+            self._regroup_crashes(db, symbols, deadline, row)
             batches += 1
             if time.monotonic() > deadline:
                 break
         return batches
 
-    def _regroup_crashes(self, db: Connection, symbols: Symbols, deadline: float, app_id: int, group: str,
-                         last_seq: int, target: str) -> None:
-        """Checks a batch of crashes of a group, those after `last_seq`. Moves those that belong to another group now,
-        and updates the row of `regroupings`, or deletes it when no crash is left."""
-        pending = self._to_regroup.get((app_id, group, last_seq)) or [seq for seq, in db.execute("""
-            select seq from crashes where app_id = ? and group_hash = ? and seq > ? and group_hash <> ?
-            order by seq limit ?""", (app_id, group, last_seq, OTHER, 100 * REGROUP_ROWS))]  # reads the whole group
-        batch, is_first = pending[:REGROUP_ROWS], not last_seq
-        moves: dict[int, Row] = {}  # by seq: the new group and images, and the stack trace
+    def _regroup_crashes(self, db: Connection, symbols: Symbols, deadline: float, row: Row) -> None:
+        """Checks a batch of crashes of a group, those after the seq in a row of `regroupings`. Moves those that belong
+        to another group now, and updates the row, or deletes it when no crash is left."""
+        app_id, group, last_seq, target = row
+        is_first = not last_seq
+        moves: dict[int, tuple[str, str | None]] = {}  # by seq: the new group and images
         target_of = lru_cache(None)(partial(_group_and_images, symbols, group))  # equal crashes are common
-        for seq, images, exception_type, trace, extra in sorted(rows_of(db, """
-                select seq, images, exception_type, stack_trace, extra
-                from (values *) as keys cross join crashes on seq = column1""", [(seq,) for seq in batch])):
-            new = target_of(exception_type, trace, is_trace_cut(extra))
-            if new != (group, images):
-                moves[seq] = *new, trace
+        checked, pending = 0, self._crashes_after(db, app_id, group, last_seq)
+        for seq in pending[:REGROUP_ROWS]:
+            for images, exception_type, trace, extra in db.execute("""
+                    select images, exception_type, stack_trace, extra from crashes where seq = ?
+                    """, (seq,)).fetchall():  # none if it was deleted meanwhile
+                last_seq = seq
+                new = target_of(exception_type, trace, is_trace_cut(extra))
+                if new != (group, images):
+                    moves[seq] = new
+            checked += 1
             if time.monotonic() > deadline:
-                batch = batch[:batch.index(seq) + 1]
                 break
-        last_seq = batch[-1] if batch else last_seq
-        self._to_regroup = {(app_id, group, last_seq): pending[len(batch):]}
+        self._to_regroup = (app_id, group, last_seq), pending[checked:]
         if moves:
             target = self._move_crashes(db, symbols, app_id, group, moves, is_first) or target
-        if batch and db.execute("select 1 from crashes where app_id = ? and group_hash = ? limit 1",
-                                (app_id, group)).fetchone():
+        if checked and db.execute("select 1 from crashes where app_id = ? and group_hash = ? limit 1",
+                                  (app_id, group)).fetchone():
             db.execute("update regroupings set seq = ?, target = ? where app_id = ? and group_hash = ?",
                        (last_seq, target, app_id, group))
             return
@@ -4447,24 +4514,34 @@ class SymbolStore(Deletion):
                 """, (app_id, group)).fetchone():  # its latest crash has moved, and it is too large for `save`
             RollUps(db, self.now, symbols).figures[Groups].show_latest(app_id, group)
 
-    def _move_crashes(self, db: Connection, symbols: Symbols, app_id: int, group: str, moves: Mapping[int, Row],
-                      is_first: bool) -> str:
+    def _crashes_after(self, db: Connection, *position: Any) -> list[int]:
+        """The seqs of crashes after a position: app_id, group_hash and seq. Each look-up goes through the whole group,
+        so it fetches enough for many steps."""
+        known_position, seqs = self._to_regroup
+        return seqs if known_position == position and seqs else [seq for seq, in db.execute("""
+            select seq from crashes
+            where app_id = ? and group_hash = ? and seq > ? and group_hash <> ?
+            order by seq limit ?""", (*position, OTHER, 100 * REGROUP_ROWS))]
+
+    def _move_crashes(self, db: Connection, symbols: Symbols, app_id: int, group: str,
+                      moves: Mapping[int, tuple[str, str | None]], is_first: bool) -> str:
         """Gives crashes of a group another group and images. `first_seen` moves with the first crash of the group,
         because earlier ones may have expired. Returns the last new group; "" if only images changed."""
-        rollups, before = RollUps(db, self.now, symbols), counted_rows(
-            db, Crash, "from (values *) as keys cross join crashes on seq = column1", [(seq,) for seq in moves])
-        after = [crash._replace(**dict(zip(("group_hash", "images", "stack_trace"), moves[crash.seq])))
-                 for crash in before]
+        seqs, source = [(seq,) for seq in moves], "from (values *) as keys cross join crashes on seq = column1"
+        rollups, before = RollUps(db, self.now, symbols), counted_rows(db, Crash, source, seqs)
+        traces: dict[int, str | None] = dict(rows_of(db, "select seq, stack_trace " + source, seqs))
+        after = [crash._replace(group_hash=moves[crash.seq][0], images=moves[crash.seq][1],
+                                stack_trace=traces[crash.seq]) for crash in before]
         first = db.execute("select first_seen, first_version, came_at from groups where app_id = ? and group_hash = ?",
                            (app_id, group)).fetchone() if is_first else None
         rollups.figures[Groups].count(Crash, after, 1)
         db.executemany("update crashes set group_hash = ?, images = ? where seq = ?",
-                       [(crash.group_hash, crash.images, crash.seq) for crash in after])
+                       [(*new, seq) for seq, new in moves.items()])
         rollups.figures[Groups].count(Crash, before, -1)
         rollups.save()
         self._note_windows(db)
         update_triage(db, self.now, rollups, [crash for crash in after if crash.group_hash != group], are_moved=True)
-        targets = [target for target, *_ in moves.values()]
+        targets = [target for target, _ in moves.values()]
         if first:
             first_seen, first_version, came_at = first
             db.execute("""
@@ -5421,7 +5498,7 @@ class PublicMetrics:
 def _load_reports(db: Connection, table: str, seqs: Sequence[int], max_text: int = PAGE_CHARACTERS) -> list[JsonObject]:
     """Crashes or events as they were sent, each with its app and the time of its receipt: the first one, and those that
     fit with it in `max_text` characters."""
-    apps, reports, symbols = dict(db.execute("select id, name from apps")), [], Symbols(db, SHOWN_LOOKUPS)
+    apps, reports, symbols = dict(db.execute("select id, name from apps")), [], Symbols(db)
     rows = (dict_rows(db, f"select * from {table} where seq = ?", (seq,))[0] for seq in seqs)
     for row in rows_that_fit(rows, max_text, lambda row: text_size(row.values())):
         report = as_sent({"id": row.pop("id"), "app": apps.get(row.pop("app_id")), **row})
@@ -5434,7 +5511,7 @@ def _symbolicate(symbols: Symbols, report: JsonObject) -> None:
     """Names the frames of `stack_trace`. If that changes them, keeps those that were sent as `raw_stack_trace`."""
     frames = report.get("stack_trace")
     if type(frames) is list and all(type(frame) is dict for frame in frames):
-        report["stack_trace"] = list(symbols.symbolicated(frames, SHOWN_LOOKUPS))
+        report["stack_trace"] = list(symbols.symbolicated(frames, SHOWN_LOOKUPS - symbols.lookups))
         if report["stack_trace"] != frames:
             report["raw_stack_trace"] = frames
 

@@ -47,7 +47,7 @@ import tracemalloc
 import weakref
 import zipfile
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import date, datetime, timezone
@@ -1135,7 +1135,9 @@ def test_deep_json_does_not_end_a_server_whose_threads_have_small_stacks():
             texts = pool.submit(read_all).result()
     finally:
         threading.stack_size(previous)
-    assert texts == [deep, deep, apple, deep] * 3
+    assert texts == [
+        *[deep, deep, apple, deep] * 2, deep, {"the object is neither a MetricKit payload nor an .ips file"}, apple,
+        {"{'subFrames': '(nested too deep)'}"}]
 
 
 def test_a_batch_of_100_events_is_stored_in_order_with_its_unknown_fields(api):
@@ -1375,12 +1377,14 @@ def test_all_diagnostics_of_a_payload_are_read_in_order():
     assert names == [name for name in kinds.values() for _ in range(2)]
 
 
-def test_the_duration_or_amount_of_an_event_is_kept_as_apple_wrote_it():
-    for name in backfeedr.DURATIONS:
-        meta = {name: "2,5 Sek.", "totalSampledTime": "3 Sek.", "isTestFlightApp": False}
-        properties = only(payload_of("hangDiagnostics", meta=meta))["properties"]
-        del properties["stack_trace"]
-        assert properties == {"duration": "2,5 Sek.", "totalSampledTime": "3 Sek.", "isTestFlightApp": False}
+@pytest.mark.parametrize("name, kind", [
+    ("hangDuration", "hang"), ("totalCPUTime", "cpuException"), ("writesCaused", "diskWriteException"),
+    ("launchDuration", "appLaunch")])
+def test_the_duration_or_amount_of_an_event_is_kept_as_apple_wrote_it(name, kind):
+    meta = {name: "2,5 Sek.", "totalSampledTime": "3 Sek.", "isTestFlightApp": False}
+    properties = only(payload_of(kind + "Diagnostics", meta=meta))["properties"]
+    del properties["stack_trace"]
+    assert properties == {"duration": "2,5 Sek.", "totalSampledTime": "3 Sek.", "isTestFlightApp": False}
 
 
 KILLED = {"type": "EXC_CRASH", "signal": "SIGKILL"}
@@ -1439,17 +1443,13 @@ def test_the_exception_type_is_the_most_specific_one(body, kind, reason):
     assert (report["exception_type"], report.get("exception_reason")) == (kind, reason)
 
 
-@pytest.mark.parametrize("name, column, values", [
-    ("osVersion", "os_version", {
-        "iPhone OS 17.0 (21A329)": "17.0", "iPhone OS 14.0.1 (18A393)": "14.0.1", "macOS 12.0.1 (21A559)": "12.0.1",
-        "iPadOS 26.1 (23B85)": "26.1", "visionOS 2.0 (22N320)": "2.0", "Mac OS X 10.15.7 (19H2)": "10.15.7",
-        "iPhone OS 16.4.1 (a) (20E772520a)": "16.4.1", "Version 17.0 (Build 21A329)": "17.0", "17.5": "17.5",
-        "Something else": "Something else", "iOS 17 beta": "iOS 17 beta", ("number", "27.0"): "27.0"}),
-    *((name, column, dict.fromkeys(["", 0, False, None, ()])) for name, column in backfeedr._COLUMNS.items())])
-def test_the_os_version_is_the_number_alone_and_an_empty_value_is_none(name, column, values):
-    for sent, expected in values.items():
-        report = only(payload_of(meta={name: dict([sent]) if type(sent) is tuple and sent else sent}))
-        assert report.get(column) == expected and "extra" not in report, sent
+@pytest.mark.parametrize("sent, expected", [
+    ("iPhone OS 17.0 (21A329)", "17.0"), ("iPhone OS 14.0.1 (18A393)", "14.0.1"), ("macOS 12.0.1 (21A559)", "12.0.1"),
+    ("iPadOS 26.1 (23B85)", "26.1"), ("visionOS 2.0 (22N320)", "2.0"), ("Mac OS X 10.15.7 (19H2)", "10.15.7"),
+    ("iPhone OS 16.4.1 (a) (20E772520a)", "16.4.1"), ("Version 17.0 (Build 21A329)", "17.0"), ("17.5", "17.5"),
+    ("Something else", "Something else"), ("iOS 17 beta", "iOS 17 beta"), ({"number": "27.0"}, "27.0")])
+def test_the_os_version_is_the_number_alone(sent, expected):
+    assert only(payload_of(meta={"osVersion": sent}))["os_version"] == expected
 
 
 @pytest.mark.parametrize("system, head, release", [
@@ -1472,6 +1472,12 @@ def test_a_frame_of_a_crash_text_has_its_name_file_and_line_in_any_form_of_apple
     frame = only(crash_text(("Cart.total() + 4 (Cart.swift:12) [inlined]", place)))["stack_trace"][1]
     assert (frame["symbol"], frame.get("file"), frame.get("line")) == ("Cart.total()", file, line)
     assert "file" not in only(crash_text(("Cart.swift:12", ".cold.1")))["stack_trace"][1]
+
+
+def test_an_empty_value_of_apple_is_no_version_build_or_model():
+    for empty in ("", 0, False, None, [], {}):
+        report = only(payload_of(meta=dict.fromkeys(["appVersion", "appBuildVersion", "deviceType"], empty)))
+        assert not {"app_version", "build_number", "device_model", "extra"} & report.keys()
 
 
 def during(**span):
@@ -1508,7 +1514,7 @@ METRICKIT_FRAMES = [  # changes to a frame of MetricKit, and its binary, offset,
     ({"address": BASE, "offsetIntoBinaryTextSegment": None}, ("Shop", None, True)),
     ({"address": 5, "offsetIntoBinaryTextSegment": 6}, ("Shop", 6, False)),
     ({"address": BASE - 1, "offsetIntoBinaryTextSegment": BASE}, ("Shop", None, True)),
-    ({"address": str(BASE), "offsetIntoBinaryTextSegment": "0x12"}, ("Shop", 18, True)),
+    ({"address": str(BASE), "offsetIntoBinaryTextSegment": "0x12"}, ("Shop", None, False)),
     ({"address": -5, "offsetIntoBinaryTextSegment": -5}, ("Shop", None, False)),
     ({"address": 1 << 70, "offsetIntoBinaryTextSegment": True}, ("Shop", None, False))]
 
@@ -1519,27 +1525,28 @@ def test_a_frame_of_metrickit_has_an_offset_and_is_own_below_the_system_librarie
     assert (frame.get("binary"), frame.get("offset"), frame.get("in_app", False)) == expected
 
 
-AS_USUAL = {"binary": "Shop", "uuid": SHOP, "offset": 32, "in_app": True}
+@pytest.mark.parametrize("changes, is_own", [
+    ({}, True), ({"path": "/opt/tool"}, True), ({"path": "/opt/other"}, False), ({"path": ""}, None),
+    ({"path": None}, None), ({"path": "/var/Shop.app/Frameworks/libswiftUI.dylib", "name": "libswiftUI.dylib"}, False)])
+def test_an_image_inside_the_app_or_that_of_the_process_is_own_code(changes, is_own):
+    body = ips_of(procPath="/opt/tool", usedImages=[{**IMAGES[0], **changes}])
+    assert "in_app" not in trace_of(body)[0] and trace_of(body)[1].get("in_app") is is_own
 
 
-@pytest.mark.parametrize("changes, image, expected", [
-    *(({"imageIndex": index}, {}, {}) for index in (7, -1, "x", None, [], 3, 4, 5)),
-    *((changes, {}, AS_USUAL) for changes in (
-        {}, {"symbol": "<redacted>"}, {"sourceFile": "/<compiler-generated>", "sourceLine": 3}, {"imageIndex": "0"},
-        {"imageOffset": "0x20"})),
-    ({"imageOffset": "much"}, {}, {"binary": "Shop", "uuid": SHOP, "in_app": True}),
-    ({"sourceFile": "/Users/x/Cart.swift", "sourceLine": "x"}, {}, {"file": "Cart.swift", **AS_USUAL}),
-    # Own code is in the app, or is the process.
-    ({}, {"path": "/opt/tool"}, AS_USUAL), ({}, {"path": "/opt/other"}, {**AS_USUAL, "in_app": False}),
-    *(({}, {"path": path}, {"binary": "Shop", "uuid": SHOP, "offset": 32}) for path in ("", None)),
-    ({}, {"path": "/var/Shop.app/Frameworks/libswiftUI.dylib", "name": "libswiftUI.dylib"},
-     {**AS_USUAL, "binary": "libswiftUI.dylib", "in_app": False})])
-def test_a_frame_of_an_ips_file_has_what_is_known_of_it_and_its_image(changes, image, expected):
-    images = [{**IMAGES[0], **image}, *IMAGES[1:],
-              {"name": "???", "path": "", "uuid": SHOP.translate(str.maketrans("12345A", "0" * 6))}, 5, []]
+@pytest.mark.parametrize("changes, expected", [
+    ({"imageIndex": 7}, {}), ({"imageIndex": -1}, {}), ({"imageIndex": "0"}, {}), ({"imageIndex": None}, {}),
+    ({"imageIndex": 3}, {}), ({"imageIndex": 4}, {}), ({"imageIndex": 5}, {}),
+    ({"imageOffset": "0x20"}, {"binary": "Shop", "uuid": SHOP, "in_app": True}),
+    ({"symbol": "<redacted>"}, {"binary": "Shop", "uuid": SHOP, "offset": 32, "in_app": True}),
+    ({"sourceFile": "/Users/x/Cart.swift", "sourceLine": "12"},
+     {"file": "Cart.swift", "binary": "Shop", "uuid": SHOP, "offset": 32, "in_app": True}),
+    ({"sourceFile": "/<compiler-generated>", "sourceLine": 3},
+     {"binary": "Shop", "uuid": SHOP, "offset": 32, "in_app": True})])
+def test_unknown_parts_of_a_frame_are_left_out(changes, expected):
+    images = [*IMAGES, {"name": "???", "path": "", "uuid": SHOP.translate(str.maketrans("12345A", "0" * 6))}, 5, []]
     frame = {"imageIndex": 0, "imageOffset": 32, **changes}
-    assert trace_of(ips_of(usedImages=images, threads=[{"frames": [frame]}], faultingThread=0, procPath="/opt/tool")) \
-        == [{"frame": 0, **expected}]
+    assert trace_of(ips_of(usedImages=images, threads=[{"frames": [frame]}], faultingThread=0)) == [
+        {"frame": 0, **expected}]
 
 
 DEEP = sampled("Shop", 1, sampled("Kit", 2, sampleCount=3), sampled("Kit", 3, sampled("Kit", 4), sampleCount=5),
@@ -1589,7 +1596,8 @@ def test_a_file_is_read_whatever_is_around_its_body(body):
 
 UNREADABLE = [
     *[(body, "unknown report format", detail) for body, detail in [
-        *((body, "Expecting value: line 1 column 1 (char 0)") for body in (b"", b"hello")),
+        (b"", "the body is empty"), (b" \n", "the body is empty"),
+        (b"hello", "Expecting value: line 1 column 1 (char 0)"),
         (b"\xff", "it is not UTF-8"), (b"[]", "the body is a list, not an object"),
         (b"1", "the body is a number, not an object"),
         (b"{}", "the object is neither a MetricKit payload nor an .ips file"),
@@ -1606,8 +1614,9 @@ UNREADABLE = [
         # Deeper than any Python reads by itself: 3.14 reads 65,000 levels.
         (b'{"subFrames":' * 75_000, "it is nested too deep"),
         (b'{"subFrames":[' * 1000 + b"[" * 100_000, "it is nested too deep"),
-        (b'{"subFrames":[' * 60_000, "it is nested too deep"),
-        (b'{"subFrames":[' * 60_000 + b'"' + b'\\"' * 90_000, "it is nested too deep")]],
+        (b'{"subFrames":[' * 60_000, "Expecting value in a deep call stack"),
+        (b'{"subFrames":[' * 60_000 + b'"' + b'\\"' * 90_000,
+         "Unterminated string starting at in a deep call stack")]],
     (ips_of({**IPS_HEAD, "bug_type": "298"}), "unsupported bug_type 298",
      "a jetsam report on all apps is not a crash of the app"),
     (b'{"bug_type": "228"}\n{"x": 1}', "unsupported bug_type 228", "a hang is not a crash of the app"),
@@ -1670,35 +1679,47 @@ def test_a_call_stack_may_be_nested_to_any_depth(depth):
     assert report["device_model"] == "iPhone16,1"
 
 
-DEEP_FRAMES = "[" + '{"sampleCount": 1, "subFrames" :\n[{}, ' * 700 + "0" + "]}" * 700 + "]"
-ODD_MEMBERS = ["]", "[", '"subFrames":[', "\\", 'a\\"]', "\u00e9\U0001f600", "NaN",
-               [1, [2, {}], {"a": [None]}], {"subFrames": {}}, -1.5]
+DEEP_FRAMES = '{"sampleCount": 1, "subFrames" :\n[{}, ' * 700 + "0" + "]}" * 700
+JSON_VALUES = [
+    "-12", "1.5e3", "true", "[ ]", '"a\\"\\\\\\/\\b\\u00e9\\ud83d\\ude00"', '[1, [2, {}], {"a": [null]}]',
+    '{"a": 1, "a": 2}', "[" * 60 + "]" * 60, '"]"', '"\\"subFrames\\":["', '"subFrames"', '{"subFrames": {}}',
+    '{"x": "NaN", "subFrames": [1, {"subFrames": [[]]}, 2]}', "1e400", "9" * 5000, "NaN", "-Infinity", "[NaN]",
+    '{"subFrames": [{"subFrames": []}, {"subFrames": [3]}], "b": {"subFrames": [4]}}', '{"subFrames": NaN}',
+    '{"subFrames": [NaN]}', '{"subFrames": [}', '{"subFrames": []', '{"subFrames": []]}', "[1,]", "[1", "[1}", "}", "]",
+    "{'a': 1}", '"a', '"a\nb"', "\u00a01", ""]
 
 
-def random_frames(choices, depth):
-    """A list of up to three frames with others in them, whose fields come in any order."""
-    return [dict(choices.sample([("sampleCount", choices.randrange(4)), ("x", choices.choice(ODD_MEMBERS)), (
-        "subFrames", random_frames(choices, depth - 1) if depth else [])], 3)) for _ in range(choices.randrange(4))]
+def with_paths(value):
+    """A value in which each list of `subFrames` is the path of the heaviest frames."""
+    def path_of(frames):
+        frame = max((frame for frame in frames if type(frame) is dict),
+                    key=lambda frame: frame.get("sampleCount", 0), default=None)
+        if frame is None:
+            return []
+        inner = frame.get("subFrames")
+        rest = {name: value for name, value in frame.items() if name != "subFrames"}
+        return [rest, *path_of(inner if type(inner) is list else [])]
+
+    if type(value) is list:
+        return list(map(with_paths, value))
+    if type(value) is dict:
+        return {name: deque(map(with_paths, path_of(inner))) if name == "subFrames" and type(inner) is list
+                else with_paths(inner) for name, inner in value.items()}
+    return value
 
 
-def heaviest(frames):
-    if not frames:
-        return []
-    frame = max(frames, key=lambda frame: frame["sampleCount"])
-    return [frame["x"], *heaviest(frame["subFrames"])]
-
-
-def test_the_heaviest_path_is_found_in_any_tree_of_frames_and_the_json_beside_is_read_like_any_other():
-    choices = random.Random(1)
-    for _ in range(300):
-        frames = random_frames(choices, 6)
-        text = json.dumps([ODD_MEMBERS, frames, 7], indent=choices.choice([None, 1]))
-        before, parts, after = backfeedr._decode_payload(text)
-        assert [frame["x"] for frame in backfeedr._heaviest_path(parts)] == heaviest(frames)
-        assert (before, after) == (ODD_MEMBERS, 7)
-    for wrong in ('{"subFrames": [}', '{"subFrames": []', '{"subFrames": []]}', '{"subFrames": [NaN]}', "[1}", '"a'):
-        with pytest.raises(ValueError):
-            backfeedr._decode_payload('{"x": %s, "deep": %s}' % (wrong, DEEP_FRAMES))
+def test_json_beside_deep_frames_is_read_like_any_other():
+    for value, text in product(JSON_VALUES, ('{"x": %s, "deep": %s}', '{"deep": %s, "x": %s}')):
+        text %= (value, DEEP_FRAMES) if text[2] == "x" else (DEEP_FRAMES, value)
+        try:
+            expected = backfeedr._DECODER.decode(value)
+        except ValueError:
+            with pytest.raises(ValueError):
+                backfeedr._decode_nested(text)
+            continue
+        decoded = backfeedr._decode_nested(text)
+        assert repr(decoded["x"]) == repr(with_paths(expected)), value
+        assert decoded["deep"] == {"sampleCount": 1, "subFrames": deque([{"sampleCount": 1}] * 699 + [{}])}
 
 
 def test_characters_that_no_database_can_store_are_replaced_in_apple_reports():
@@ -2053,10 +2074,11 @@ def test_a_part_at_the_limits_is_stored_and_looked_up(api):
 
 def test_a_uuid_is_accepted_in_every_usual_form(api):
     for uuid in (HELD[:-1], "x" * 32, "nope", "%00"):
-        assert upload(api.server, uuid=uuid)[1]["error"] == "invalid uuid" and count(api.server, "symbols") == 0
+        status, answer = upload(api.server, uuid=uuid)
+        assert (status, answer["error"], count(api.server, "symbols")) == (400, "invalid uuid", 0)
     for uuid in (HELD, HELD.lower(), HELD.replace("-", ""), HELD + "0"):
         assert upload(api.server, uuid=uuid)[1]["uuid"] == HELD
-    assert [row[0] for row in symbol_rows(api.server)["symbols"]] == [HELD]
+        assert [row[0] for row in symbol_rows(api.server)["symbols"]] == [HELD]
 
 
 def test_a_request_is_checked_by_size_token_uuid_encoding_and_json_in_this_order(serve):
@@ -2090,7 +2112,7 @@ def test_the_bytes_of_a_build_and_the_number_of_builds_are_limited(api, monkeypa
 
     def assert_refused(*request):
         status, answer = upload(api.server, *request)
-        assert (status, answer["error"]) == (400, "too many symbols") and "'symbols delete'" in answer["detail"]
+        assert (status, answer["error"]) == (400, "too many symbols") and f"'symbols delete {HELD}'" in answer["detail"]
 
     before = symbol_rows(api.server)
     assert_refused(parts[2])
@@ -2159,29 +2181,26 @@ def test_missing_symbols_are_listed_with_the_crashes_that_wait_for_them(api, clo
     assert list_symbols(server)[1] == [of_shop[1]]
 
 
-RETENTION = [  # days; uploads (a part) and crashes (None) with theirs; day and second of the deletion; what is kept
-    *((90, [(0, HELD, PART), (after, OTHER_BUILD, later), *crashes], 90 + days, seconds, kept)
+RETENTION = [  # uploads (a part) and crashes (None) with their days; the day and second of the deletion; what is kept
+    *(([(0, HELD, PART), (after, OTHER_BUILD, later), *crashes], 90 + days, seconds, kept)
       for after, later, crashes, days, seconds, kept in (
           (1, PART, [], 1, 0, [HELD, OTHER_BUILD]), (1, PART, [], 1, 1, [OTHER_BUILD]),
           (0, PART, [], 1, 1, [HELD, OTHER_BUILD]),                            # neither is later than the other
           (1, {**PART, "binary": "Other"}, [], 9, 0, [HELD, OTHER_BUILD]),
           (85, BOTH_PARTS[0], [], 1, 1, [HELD, OTHER_BUILD]),                  # the later one is not complete
           (1, PART, [(30, HELD, None)], 1, 1, [HELD, OTHER_BUILD]),            # a crash of it is kept
-          (1, PART, [(30, HELD, None)], 31, 0, [OTHER_BUILD]),                 # its last crash has expired
           (1, PART, [(30, OTHER_BUILD, None)], 1, 1, [OTHER_BUILD]))),
-    (90, [(0, HELD, PART)], 300, 0, [HELD]),
-    *((90, [(0, HELD, BOTH_PARTS[0])], 7, seconds, kept) for seconds, kept in ((0, [HELD]), (1, []))),
-    *((90, [(0, HELD, BOTH_PARTS[0]), (5, HELD, BOTH_PARTS[0])], 12, seconds, kept)  # its latest part counts
-      for seconds, kept in ((0, [HELD]), (1, []))),
-    (0, [(0, HELD, PART), (0, OTHER_BUILD, BOTH_PARTS[0]), (1, "ab" * 16, PART)], 900, 0, [
-        HELD, backfeedr.image_uuid("ab" * 16)])]
+    ([(0, HELD, PART)], 300, 0, [HELD]),
+    *(([(0, HELD, BOTH_PARTS[0])], 7, seconds, kept) for seconds, kept in ((0, [HELD]), (1, []))),
+    ([(0, HELD, BOTH_PARTS[0]), (5, HELD, BOTH_PARTS[0])], 12, 0, [HELD]),  # its latest part counts
+    ([(0, HELD, BOTH_PARTS[0]), (5, HELD, BOTH_PARTS[0])], 12, 1, [])]
 
 
 @pytest.mark.parametrize("how", ["after a commit", "by prune"])
 def test_symbols_are_deleted_when_no_crash_needs_them_and_a_later_build_exists(keeping, clock, how):
     server = keeping(90)
-    for days, received, day, seconds, kept in RETENTION if how == "after a commit" else RETENTION[:3]:
-        server.store.retention_days, start = days, clock.seconds
+    for received, day, seconds, kept in RETENTION if how == "after a commit" else RETENTION[:3]:
+        start = clock.seconds
         for day_of_receipt, uuid, part in received:
             clock.seconds = start + day_of_receipt * A_DAY
             assert upload(server, part, uuid)[0] in (200, 201) if part else add(server, stack_trace=[frame_of(uuid)])
@@ -2195,6 +2214,30 @@ def test_symbols_are_deleted_when_no_crash_needs_them_and_a_later_build_exists(k
         for uuid in kept:
             server.store.delete_symbols(uuid)
         server.store.prune()
+
+
+def test_symbols_whose_last_crash_has_expired_are_deleted_the_next_day(keeping, later):
+    server = keeping(90)
+    upload(server)
+    add(server, stack_trace=[frame_of(HELD)])
+    later(server, A_DAY)
+    upload(server, uuid=OTHER_BUILD)
+    for days, kept in ((88.9, [HELD, OTHER_BUILD]), (0.2, [HELD, OTHER_BUILD]), (1, [OTHER_BUILD])):
+        later(server, days * A_DAY)
+        for _ in range(5):
+            later(server, 1)
+        assert [row[0] for row in symbol_rows(server)["symbols"]] == kept
+
+
+def test_without_retention_only_incomplete_symbols_are_deleted(keeping, later, clock):
+    server = keeping(0)
+    upload(server)
+    upload(server, BOTH_PARTS[0], OTHER_BUILD)
+    clock.move(1)
+    upload(server, uuid="ab" * 16)
+    for _ in range(5):
+        later(server, 1000 * A_DAY)
+    assert len(symbol_rows(server)["symbols"]) == 2
 
 
 @pytest.mark.parametrize("then", ["it is deleted again", "it is sent again"])
