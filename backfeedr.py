@@ -2170,10 +2170,11 @@ class Figure:
 
 class MergedRows:
     """Collects what a transaction learns about rows of a table, and merges it into them with one read and one write.
-    `kind` is a named tuple of the columns after the key, with a method `merged`."""
+    `kind` is a named tuple of the columns after the key, with a method `merged`; its first ones may be `uncounted`."""
 
-    def __init__(self, rollups: RollUps, table: str, kind: Any):
+    def __init__(self, rollups: RollUps, table: str, kind: Any, uncounted: int = 0):
         self._db, self._table, self._kind, self._known = rollups.db, table, kind, rollups.known.rows[table]
+        self._uncounted = uncounted
         self.learned: dict[Row, Any] = {}  # by key
 
     def learn(self, key: Row, row: Any) -> None:
@@ -2190,13 +2191,15 @@ class MergedRows:
         return self._known
 
     def save(self) -> list[tuple[Row, Any, int]]:
-        """Writes the rows that change. Returns them with their keys: as they were, with -1, and as they are, with 1."""
+        """Writes the rows that change. Returns those that count otherwise now, with their keys: as they were, with -1,
+        and as they are, with 1."""
         counts, changed, stored = [], [], self.stored(self.learned)
         for key, row in self.learned.items():
             before = stored.get(key)
             after = before.merged(row) if before else row
             if after != before:
-                counts += [(key, before, -1), (key, after, 1)] if before else [(key, after, 1)]
+                if not before or before[self._uncounted:] != after[self._uncounted:]:
+                    counts += [(key, before, -1), (key, after, 1)] if before else [(key, after, 1)]
                 changed.append((*key, *after))
                 self._known[key] = after
         upsert(self._db, self._table, changed, _replacements(self._kind._fields))
@@ -2601,7 +2604,7 @@ class Sessions(Figure):
 
     def __init__(self, rollups: RollUps):
         super().__init__(rollups)
-        self._sessions = MergedRows(rollups, "sessions", Session)
+        self._sessions = MergedRows(rollups, "sessions", Session, uncounted=2)
         self._changed_days: set[Row] = set()  # app_id and day of each stored median that is no longer right
 
     def count(self, kind: type, reports: CountedReports, by: int) -> None:
@@ -3102,8 +3105,15 @@ def _write_decision(db: Any, app_id: int, group_hash: str, decision: Decision, n
                        (app_id, group_hash)).fetchone()
     write_rows(db, "insert into group_history values *",
                [(app_id, group_hash, number, now, *entry) for number, entry in enumerate(history, last + 1)])
-    db.execute("delete from group_history where app_id = ? and group_hash = ? and entry <= ?",
-               (app_id, group_hash, last + len(history) - MAX_HISTORY))
+    _trim_history(db, app_id, group_hash)
+
+
+def _trim_history(db: Any, app_id: int, group_hash: str) -> None:
+    """Deletes the oldest entries of a history beyond MAX_HISTORY. Merged histories are not numbered in their order."""
+    db.execute("""
+        delete from group_history where app_id = :app and group_hash = :group and entry not in (
+            select entry from group_history where app_id = :app and group_hash = :group
+            order by at desc, entry desc limit :most)""", {"app": app_id, "group": group_hash, "most": MAX_HISTORY})
 
 
 def rename_group(db: Any, app_id: int, group_hash: str, target: str) -> None:
@@ -3126,6 +3136,7 @@ def rename_group(db: Any, app_id: int, group_hash: str, target: str) -> None:
                 select 1 from triage where app_id = :app and group_hash = :target)""",
             "delete from triage where app_id = :app and group_hash = :group"):
         db.execute(statement, names)
+    _trim_history(db, app_id, target)
 
 
 def unknown_group_refusal(db: Any, app: str | None, group_hash: str) -> Refusal:
@@ -5157,19 +5168,24 @@ class Alerts:
             """, {**message, "now": self._store.now})
 
     def _queue_messages(self) -> None:
-        """Makes messages of the digests that are due, and of the facts that have waited for a minute."""
+        """Makes messages of the facts that have waited for a minute, and of the digests that are due. A channel gets no
+        more messages for facts while MAX_HOURLY_MESSAGES are under an hour old or wait for a receiver that is down."""
         now = self._store.now
-        with self._store.reading() as db:  # reads first, because a write keeps others waiting
+        with self._store.reading() as db:
             channels = dict_rows(db, """
-                select channels.*, name as app, exists (
-                    select 1 from facts where id > last_fact and at not between :since and :now) as has_facts
+                select channels.*, name as app, case
+                    when exists (select 1 from facts where id > last_fact and at not between :since and :now) then (
+                        select count(*) from messages  -- due_at = taken_until if only this message was refused
+                        where channel_id = channels.id and (created_at > :hour or due_at > taken_until)
+                    ) else :most end as messages  -- counted only if there are facts: that reads whole messages
                 from channels left join apps on apps.id = app_id
                 where ended_at is null order by channels.id
-                """, {"since": now - FACT_DELAY + 1, "now": now})  # at > now: a clock was set back
+                """, {"since": now - FACT_DELAY + 1, "now": now, "hour": now - HOUR,  # at > now: a clock was set back
+                      "most": MAX_HOURLY_MESSAGES})
         for channel in channels:
             if channel["digest_at"] is not None and channel["digest_at"] <= now:
                 self._queue_digest(channel)
-            if channel["has_facts"]:
+            if channel["messages"] < MAX_HOURLY_MESSAGES:
                 self._queue_facts(channel)
 
     def _queue_digest(self, channel: JsonObject) -> None:
@@ -5185,21 +5201,16 @@ class Alerts:
                 self._queue(db, self._message(id, "digest", f"backfeedr: the last day of {app or 'all apps'}", facts))
 
     def _queue_facts(self, channel: JsonObject) -> None:
-        """Makes a message of a channel's facts, unless the oldest is less than a minute old. They wait while the
-        channel has MAX_HOURLY_MESSAGES that are under an hour old or wait for a receiver that is down."""
+        """Makes a message of a channel's facts, unless the oldest is less than a minute old."""
         now = self._store.now
         with self._store.writing() as db:  # waits for other commits, so no fact with a lower id can come later
-            messages, = db.execute("""
-                select count(*) from messages  -- due_at = taken_until if only this message was refused
-                where channel_id = ? and (created_at > ? or due_at > taken_until)""",
-                                   (channel["id"], now - HOUR)).fetchone()
             rows = dict_rows(db, """
                 select facts.id, kind, at, name as app, group_hash, detail from facts join apps on apps.id = app_id
                 where facts.id > :last_fact and (app_id = :app_id or :app_id is null and is_test = 0)
                     and instr(',' || :kinds || ',', ',' || kind || ',')
                 order by row_number() over (partition by app_id order by facts.id), facts.id  -- so no app hides another
                 """, channel)
-            if messages >= MAX_HOURLY_MESSAGES or rows and now - FACT_DELAY < rows[0]["at"] <= now:
+            if rows and now - FACT_DELAY < rows[0]["at"] <= now:
                 return
             is_first = db.execute("""
                 update channels set last_fact = (select coalesce(max(id), last_fact) from facts)

@@ -2908,6 +2908,20 @@ def test_history_is_bounded_and_loses_its_oldest_entries(api, monkeypatch):
     assert [detail for _, detail in history_of(api.server)] == ["2", "3", "4"]
 
 
+def test_the_latest_entries_of_two_histories_are_kept_when_their_groups_become_one(api, clock, monkeypatch):
+    monkeypatch.setattr(backfeedr, "MAX_HISTORY", 4)
+    add(api.server, **CRASH)
+    kept, gone = report(api.server)["group_hash"], "0" * 16
+    with api.server.store.writing() as db:
+        for n, group in enumerate([gone, kept, gone, kept, kept, gone]):
+            backfeedr.decide(db, 1, group, {"comment": str(n)}, backfeedr.MINUTE * n)
+        backfeedr.rename_group(db, 1, gone, kept)
+    assert [detail for _, detail in history_of(api.server, kept)] == ["2", "3", "4", "5"]
+    set_triage(api.server, {"comment": "new"}, kept)
+    assert [detail for _, detail in history_of(api.server, kept)] == ["3", "4", "5", "new"]
+    assert sql(api.server, "select count(*) from group_history") == [(4,)]
+
+
 def test_groups_are_listed_by_state(api, person, clock):
     types = ["open", "resolved", "muted", "again", "fresh"]  # of exceptions, named for what becomes of their groups
     for exception_type in types[:-1]:
@@ -5150,6 +5164,17 @@ DELIVERIES = {
         for status, failed in {500: 1, 503: 1, 429: 1, 408: 1, 301: 1, 400: 3, 401: 3, 404: 3, 413: 3}.items()}}
 
 
+def test_facts_that_must_wait_take_no_write_lock(alerting, clock, receiver, monkeypatch):
+    monkeypatch.setattr(backfeedr, "MAX_HOURLY_MESSAGES", 1)
+    note(alerting)
+    assert deliver_later(alerting, clock, 60)["sent"] == 1
+    note(alerting)
+    clock.move(60)
+    monkeypatch.setattr(alerting.store, "writing", None)  # calling it fails
+    assert alerting.deliver() == {"sent": 0, "failed": 0}
+    assert len(sql(alerting, "select id from facts")) == 1
+
+
 @pytest.mark.parametrize("messages, steps", DELIVERIES.values(), ids=DELIVERIES)
 def test_messages_are_sent_as_the_limits_and_the_schedule_say(alerting, clock, receiver, monkeypatch, messages, steps):
     assert backfeedr.MAX_HOURLY_MESSAGES == 30
@@ -6058,6 +6083,17 @@ def test_all_answers_equal_a_slow_and_obvious_computation(serve, clock, monkeypa
     assert len(simulation.sent) > 150
     assert (variety > 1) == bool(count(simulation, "crashes", "group_hash = '(other)'"))
     check_database(simulation, forgotten=simulation.forgets)
+
+
+def test_a_late_event_within_a_session_leaves_the_stored_median_of_its_day(api, clock):
+    session = {"session_id": "s", "device_id_hash": "d"}
+    for type, ahead in (("session_start", 0), ("session_end", 60)):
+        add(api.server, type=type, occurred_at=time_text(clock.seconds + ahead), **session)
+    clock.move(3 * 86_400)
+    api.server.store.prune()
+    before = stored(api.server, "medians")["medians"]
+    add(api.server, type="custom", name="late", **session)
+    assert [row[2] for row in before] == [60] and stored(api.server, "medians")["medians"] == before
 
 
 CLOCKS = [  # seconds by which the events of a batch are ahead, and the day and the duration of their session
