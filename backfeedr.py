@@ -91,7 +91,6 @@ if sys.version_info < (3, 9) and __name__ == "__main__":
 
 import argparse
 import base64
-import contextlib
 import csv
 import errno
 import gc
@@ -100,9 +99,9 @@ import hmac
 import ipaddress
 import json
 import logging
+import marshal
 import math
 import os
-import py_compile
 import re
 import secrets
 import shutil
@@ -126,10 +125,12 @@ from functools import cache, cached_property, lru_cache, partial
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from importlib.machinery import SourceFileLoader
+from importlib.util import MAGIC_NUMBER, cache_from_source
 from itertools import accumulate, chain, compress, groupby, islice, repeat, tee
 from operator import add, attrgetter, floordiv, itemgetter, lt, rshift, sub
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, NamedTuple, Optional, TextIO, Union, cast
+from queue import Empty, SimpleQueue
+from typing import Any, BinaryIO, Callable, NamedTuple, Optional, TextIO, Union
 from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlencode, urlsplit
 
 _MISSING_PACKAGE = ("{} is missing; 'python3 -m venv .venv && .venv/bin/pip install bottle waitress' installs it,"
@@ -7545,6 +7546,7 @@ except ImportError:  # only `serve` needs waitress; under another WSGI server it
 
 IDLE_TIMEOUT = 60  # seconds for a request to arrive, between two requests, or without progress in an answer
 MIN_BYTES_PER_SECOND = 2000  # a request that arrives at this rate, as from a slow phone, never times out
+MAX_PIPELINED = 4  # requests that may wait on a connection; if more come, it is closed after these
 COMMIT_THREADS = 4  # one commits while the next one decodes; with only two, 16 clients get 14 % less done
 MAX_GATHERED_REQUESTS = 25  # of 100 events each; all threads then have as many rows as may wait in the store
 MAX_GATHERED_BYTES = 1_000_000  # decoded, they take several times as much memory
@@ -7602,6 +7604,7 @@ class _ErrorTask(_Task, ErrorTask):
         self.status = f"{error.code} {error.reason}"
         self.response_headers.extend(_JSON_HEADERS.items())
         self.set_close_on_finish()
+        self.channel.is_refused = True
         self.content_length = len(body)
         self.write(body)
 
@@ -7628,73 +7631,69 @@ def _request_line(request: Any) -> str:
 
 
 class _Channel(HTTPChannel):
-    """A connection. It takes one request at a time: what has come after it waits until its answer is sent, so neither
-    a client that sends many requests at once nor one that reads no answers can fill the memory."""
+    """A connection."""
 
-    task_class, error_task_class = _AppTask, _ErrorTask
+    parser_class, task_class, error_task_class = _RequestParser, _AppTask, _ErrorTask
     __repr__ = object.__repr__  # that of waitress has the client's address, and is logged with errors
-    next_data = b""  # what has come after the request
+    request_began = last_activity = 0.0
     is_refused = False  # waitress has refused a request, perhaps before all of its body was here
-    # For mypy; waitress sets these: whether to close after the answer, and the request that is still arriving.
-    close_when_flushed, request, last_activity = False, cast(Any, None), 0.0
+    # For mypy; waitress sets them: whether to close after these answers, and the request that is still arriving.
+    close_when_flushed, request = False, None
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.requests_lock = threading.RLock()  # not a Lock: `received` takes it around a method that takes it again
 
     def received(self, data: bytes) -> None:
-        """Reads a request. Measures its time from its first byte. waitress measures from the last one, so a client that
-        sends a byte now and then would keep its connection for ever."""
-        now = self.last_activity  # waitress has just set it
-        if self.request is None and not self.is_refused:
-            self.request, self.began = _RequestParser(self.adj), now
-            if data.startswith(b"\x16"):  # TLS: an https:// client would wait for its handshake's end
-                data = b"TLS\r\n\r\n"  # is refused at once
-        else:
-            self.began = min(now, self.began + len(data) / MIN_BYTES_PER_SECOND)
-        if not self.is_refused:
-            with self.requests_lock:  # the worker of the previous request may still hold it
-                self._parse(self.request, data)
-            if self.request is None:  # it is complete
-                return
+        """Measures the time of a request from its first byte. waitress measures from the last one, so a client that
+        sends a byte now and then would keep its connection for ever. Drops requests beyond MAX_PIPELINED: a client that
+        reads no answers could otherwise make many megabytes of requests wait."""
+        previous, now = self.request, self.last_activity  # waitress has just set the time
+        if previous is None and data.startswith(b"\x16"):  # TLS: an https:// client would wait for its handshake's end
+            data = b"TLS\r\n\r\n"  # is refused at once
+        with self.requests_lock:  # keeps workers from answering some of them meanwhile
+            if not self.is_refused:
+                super().received(data)
+            if len(self.requests) > MAX_PIPELINED:
+                del self.requests[MAX_PIPELINED:]
+                last = self.requests[-1]
+                last.version, last.headers["CONNECTION"] = "1.1", "close"  # so its answer closes the connection
+        is_same = self.is_refused or previous is not None and self.request is previous
         # The timeout counts from last_activity: each byte moves it on as if it came at the lowest rate.
-        self.last_activity = self.began
+        self.request_began = min(now, self.request_began + len(data) / MIN_BYTES_PER_SECOND) if is_same else now
+        self.last_activity = self.request_began
 
-    def _parse(self, request: Any, data: bytes) -> None:
-        while data and not request.completed:
-            data = data[request.received(data):]
-            if request.expect_continue and request.headers_finished:
-                self.send_continue()
-        if request.completed:
-            self.request, self.next_data, self.is_refused = None, data, bool(request.error)
-            if not request.empty:  # else it was only line ends
-                self.requests.append(request)
-                self.server.add_task(self)
-
-    def readable(self) -> bool:
-        """Whether to read more: only after what is here already."""
-        return not self.next_data and bool(super().readable())
-
-    def writable(self) -> bool:
-        """Whether there is something to do for `handle_write`. False if that would leave a small answer to the worker
-        that makes it: waitress's I/O thread would spin until then, and take the interpreter from that worker."""
-        is_left = self.requests and not self.will_close and self.total_outbufs_len < self.adj.send_bytes
-        return not is_left and bool(self.next_data or super().writable())
+    def service(self) -> None:
+        """Sends the answer even if the connection's next request is here already. The I/O thread would keep a small
+        answer until that one is answered, too."""
+        super().service()
+        if self.requests:
+            self._flush_exception(self._flush_some, do_close=False)
 
     def handle_write(self) -> None:
-        """Sends, closes, or goes on to the next request.
-
-        After a refused one it closes only the server's side; `received` drops what comes until the client closes.
+        """Closes only the server's side after a refused request; `received` drops what comes until the client closes.
         waitress would close both at once, which resets the connection if the body is still on its way: the client would
         then send it again instead of seeing a 413."""
-        if self.connected and self.is_refused and self.close_when_flushed:
+        if self.is_refused and self.close_when_flushed:
             self._flush_exception(self._flush_some)
             if self.connected and not self.will_close:
                 if not self.total_outbufs_len:
-                    self.close_when_flushed = False
+                    self.close_when_flushed, self.request = False, None  # a stop would wait for the rest of it
                     self.socket.shutdown(socket.SHUT_WR)  # if this fails, the client is gone: waitress closes then
                 return
-        if self.connected:
-            super().handle_write()
-        if self.connected and self.next_data and super().readable():
-            data, self.next_data = self.next_data, b""
-            self.received(data)
+        super().handle_write()
+
+    def _flush_some(self, do_close: bool = True) -> Any:
+        """Takes the lock, which waitress's I/O thread does not. Otherwise it could send an answer while a worker sends
+        the `100 Continue` for the next request: both would go out twice and mixed up."""
+        with self.outbuf_lock:
+            return self.connected and super()._flush_some(do_close)
+
+    def writable(self) -> bool:
+        """Whether there is something to send. False if `handle_write` would leave a small answer to the worker that
+        makes it: waitress's I/O thread would spin until then, and take the interpreter from that worker."""
+        is_left = self.requests and not self.will_close and self.total_outbufs_len < self.adj.send_bytes
+        return not is_left and bool(super().writable())
 
 
 def _close_idle(server: Any, now: float) -> None:
@@ -7706,15 +7705,19 @@ def _close_idle(server: Any, now: float) -> None:
 
 class _Dispatcher(ThreadedTaskDispatcher):
     """Gives each report that arrives while a thread decodes others to that thread, which stores all in one commit. For
-    other requests waitress wakes a thread each, which takes longer than decoding a report."""
+    other requests waitress still wakes a thread each, which takes longer than decoding a report."""
 
     def __init__(self, app: Backfeedr, threads: int):
         super().__init__()
-        self.app = app
-        self.waiting: deque[_Channel] = deque()  # those with a report
-        self.gathering = threading.Lock()  # held while a thread gathers them, or has been told to
-        self.committing = threading.Semaphore(COMMIT_THREADS)
-        self.set_thread_count(threads + COMMIT_THREADS)
+        self.set_thread_count(threads)
+        self.app, self.is_stopped = app, False
+        self.waiting: SimpleQueue[_Channel] = SimpleQueue()  # those with a report
+        self.gathering = threading.Lock()  # held while a thread gathers them, or is about to
+        self.turn = threading.Lock()  # wakes one thread when it is released; a queue would wake one more each time
+        self.turn.acquire()
+        self.commit_threads = [threading.Thread(target=self.store_all, daemon=True) for _ in range(COMMIT_THREADS)]
+        for thread in self.commit_threads:
+            thread.start()
 
     def add_task(self, channel: _Channel) -> None:
         request = channel.requests[0]
@@ -7723,27 +7726,44 @@ class _Dispatcher(ThreadedTaskDispatcher):
         if request.error or not self.app.can_share_commit(request.command, request.path, key):
             super().add_task(channel)
         else:
-            self.waiting.append(channel)
-            self.gather_soon()
+            self.waiting.put(channel)
+            self.wake_thread()
 
-    def gather_soon(self) -> None:
-        """Tells a thread to call service() if reports wait, unless one gathers: it looks again when it is done."""
-        if self.waiting and self.gathering.acquire(blocking=False):
-            super().add_task(self)
+    def wake_thread(self) -> None:
+        """Wakes a thread if reports wait or all must end, unless one gathers: that one looks again when it is done."""
+        if (self.is_stopped or not self.waiting.empty()) and self.gathering.acquire(blocking=False):
+            self.turn.release()
 
-    def service(self) -> None:
-        """Takes requests that wait, stores their reports in one commit, and answers each, even after an error: those
-        that are not stored by then are stored one by one."""
-        with self.committing, contextlib.ExitStack() as answers, closing(self.gather(answers)) as environs:
-            self.app.submit_all(environs)
+    def store_all(self) -> None:
+        while self.turn.acquire() and not self.is_stopped:
+            self.store_gathered()
+        self.turn.release()  # wakes the next thread, so that all end
 
-    def gather(self, answers: contextlib.ExitStack) -> Generator[Environ, None, None]:
-        """The environs of the requests that wait, and of those that come while they are decoded."""
-        count = size = 0
+    def store_gathered(self) -> None:
+        """Takes requests that wait, stores their reports, and answers each."""
+        channels: list[_Channel] = []
+        environs = self.gather(channels)
+        self.log_errors(self.app.submit_all, environs)
+        # This ends the generator, which frees `gathering`. After an error, the others are then stored one by one.
+        self.log_errors(list, environs)
+        for channel in channels:
+            self.log_errors(channel.service)
+
+    def log_errors(self, call: Callable[..., Any], *arguments: Any) -> None:
+        """Makes a call and logs its error, which must not end the thread or keep others from their answers."""
         try:
-            while self.waiting and count < MAX_GATHERED_REQUESTS and size < MAX_GATHERED_BYTES:
-                channel = self.waiting.popleft()
-                answers.callback(channel.service)
+            call(*arguments)
+        except BaseException:
+            log.exception("unexpected error")
+
+    def gather(self, channels: list[_Channel]) -> Generator[Environ, None, None]:
+        """The environs of the requests that wait, and of those that come while they are decoded. Adds the connections
+        to `channels`."""
+        size = 0
+        try:
+            while len(channels) < MAX_GATHERED_REQUESTS and size < MAX_GATHERED_BYTES:
+                channel = self.waiting.get_nowait()
+                channels.append(channel)
                 request = channel.requests[0]
                 environ = _AppTask(channel, request).get_environment()
                 if time.monotonic() - request.arrived_at > BUSY_TIMEOUT:  # no thread was free for so long
@@ -7752,10 +7772,18 @@ class _Dispatcher(ThreadedTaskDispatcher):
                     yield environ
                 is_compressed = "CONTENT_ENCODING" in request.headers  # so it may become as large as the limit
                 size += self.app.settings.max_body_size if is_compressed else request.body_bytes_received
-                count += 1
+        except Empty:
+            pass
         finally:
             self.gathering.release()
-            self.gather_soon()
+            self.wake_thread()
+
+    def shutdown(self, *arguments: Any, **options: Any) -> Any:
+        self.is_stopped = True
+        self.wake_thread()
+        for thread in self.commit_threads:
+            thread.join(timeout=1)
+        return super().shutdown(*arguments, **options)
 
 
 # == Server ====================================================================
@@ -7786,12 +7814,13 @@ def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> Non
             stopping.set()
             server.pull_trigger()
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, stop)
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
         try:
-            print("backfeedr on", "\n".join([_url(settings.host, settings.port), *announcements]), flush=True)
+            print("backfeedr on", _url(settings.host, settings.port), flush=True)
+            print("".join(announcements), end="", flush=True)
         except OSError:  # a full disk: the secrets cannot be shown again
-            print(*announcements, file=sys.stderr)
+            print("".join(announcements), end="", file=sys.stderr)
             raise
         app.store.catch_up_in_background()  # finishes what a migration or a stop left undone
         if (warning := _unencrypted_warning(settings, listener.getsockname()[0])) and sys.stderr:
@@ -7868,13 +7897,15 @@ def _drain(server: Any) -> None:
             is_busy = channel.requests or channel.request or channel.total_outbufs_len
             if not is_busy and time.time() - channel.last_activity > DRAIN_IDLE_SECONDS:
                 channel.will_close = True
-    server.task_dispatcher.shutdown(cancel_pending=False, timeout=1)
+    server.task_dispatcher.shutdown(timeout=1)
 
 
 # == Operations ================================================================
 # Backs up, exports, imports and checks a database while the server runs.
 
-IMPORT_BYTES = 1_000_000  # about how much of an import is one transaction
+IMPORT_LINES = 1000  # the most lines in a transaction
+IMPORT_BYTES = 1_000_000  # after which a transaction ends, too
+MAX_LINE = 1 << 27  # bytes of an exported report: far more than any server accepts in a body
 LOW_DISK = 100_000_000  # bytes; with less than this free, `check` fails
 
 
@@ -7952,28 +7983,33 @@ def _parse_exported(line: bytes) -> StoredReport:
     return StoredReport(int(match[2], 16), app, is_test, received_at, ahead_ms, report)
 
 
-def import_jsonl(store: Store, file: BinaryIO) -> Counter[str]:
+def import_jsonl(store: Store, lines: Iterable[bytes]) -> Counter[str]:
     """Stores what write_jsonl() wrote; returns the sum of the counts of Store.import_(). Raises StoreError with the
     number of the first bad line, after storing the lines before it."""
     counts: Counter[str] = Counter()
-    number, problem = 0, ""
     try:
-        while not problem and (lines := file.readlines(IMPORT_BYTES)):
-            reports = []
-            for line in lines:
-                number += 1
-                try:
-                    reports += [_parse_exported(line)] if line.strip() else []
-                except Refusal as refusal:
-                    problem = f"line {number}: {refusal}"
-                    break
-            counts += store.import_(reports)
-        if problem:
-            raise StoreError(problem)
+        for batch in _import_batches(lines):
+            counts += store.import_(batch)
     except (StoreError, StorageUnavailable) as error:
         raise StoreError(f"{error}; {counts['stored']:,} reports before it were stored: fix this and import the"
                          " whole file again") from None
     return counts
+
+
+def _import_batches(lines: Iterable[bytes]) -> Iterator[list[StoredReport]]:
+    batch, size = list[StoredReport](), 0
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                batch.append(_parse_exported(line))
+        except Refusal as refusal:
+            yield batch
+            raise StoreError(f"line {number}: {refusal}") from None
+        size += len(line)
+        if len(batch) >= IMPORT_LINES or size > IMPORT_BYTES:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 def _read_only_mode(path: Path) -> str:
@@ -8033,46 +8069,58 @@ def _check_roll_ups(path: Path) -> str:
 
 def _wrong_tables(db: sqlite3.Connection, expired: int) -> list[str]:
     """The tables that differ between `stored` and the recounted `main`. Reports up to the seq `expired` may be gone."""
-    values = {"settled": expired + first_seq(HOUR) if expired else 0, "max_builds": MAX_BUILDS_OF_APP}
-    tables = re.findall(r"create table (\w+)", "".join(figure.TABLES for figure in FIGURES))
-    return [table for table in (*SUMS, *tables) if any(
-        db.execute(query + " limit 1", values).fetchone() for query in _differences(table, expired))]
+    row_tables = re.findall(r"create table (\w+)", "".join(figure.TABLES for figure in FIGURES))
+    queries = [(table, query) for table, sums in SUMS.items() for query in _wrong_sums(table, sums, expired)]
+    queries += [(table, _wrong_rows(table)) for table in row_tables if table != "medians"]  # a cache
+    settled = expired + first_seq(HOUR) if expired else 0  # devices that were last seen before may be gone already
+    wrong = [name for name, query in queries if db.execute(query + " limit 1", {"settled": settled}).fetchone()]
+    return list(dict.fromkeys(wrong))
+
+
+def _wrong_sums(table: str, sums: Sums, expired: int) -> list[str]:
+    """Queries for rows that differ. If reports have expired, they only look at later days, or for sums that are too
+    small: without its first report, a device or session would be counted on a later day or for a later release."""
+    if table == "key_days":  # counts requests, and no report tells of them
+        return []
+    if expired and sums.check == "at least":
+        is_less = " or ".join(f"counted.{column} > coalesce(kept.{column}, 0)" for column in sums.columns)
+        return [f"""select 1 from main.{table} as counted left join stored.{table} as kept
+                    using ({', '.join(PRIMARY_KEYS[table])}) where {is_less}"""]
+    where = "app_id in (select id from apps)"  # not of deleted apps
+    if expired and sums.check == "recent":
+        where += f" and day > {(expired >> SEQ_BITS) // DAY + 1}"
+    elif expired and sums.lasts:
+        return []
+    elif table == "release_hours":  # whether later hours are kept depends on reports that may be gone
+        where += f""" and hour <= (
+            select min(first_seen) / {HOUR} + {24 * HEALTH_DAYS} from stored.builds as seen
+            where seen.app_id = release_hours.app_id and seen.app_version = release_hours.app_version)"""
+    columns = ", ".join([*PRIMARY_KEYS[table], *sums.columns])
+    counted, kept = (f"select {columns} from {schema}.{table} where {where}" for schema in ("main", "stored"))
+    missing, extra = f"{counted} except {kept}", f"{kept} except {counted}"
+    may_be_old = sums.window or table == "release_hours"  # rows that are too old are deleted some time later
+    return [missing] if may_be_old else [missing, extra]
 
 
 # The columns with the times of a row's first and last report. Both reports may have expired.
 SPAN_COLUMNS = {"sessions": ("first_seq", "last_seq"), "groups": ("first_seen", "last_seen"),
                 "builds": ("first_seen", "last_seen"), "devices": ("first_day", "last_hour")}
-_COMPARED = {  # the rows that are compared, where these are not all
-    # Devices that were last seen before may be gone already.
-    **dict.fromkeys(("devices", "device_days", "device_versions"), """
-        (app_id, device) in (select app_id, device from main.devices where last_seq > :settled)"""),
-    # At the limit, other builds may have come first.
-    "builds": "(select count(*) from stored.builds where app_id = this.app_id) < :max_builds",
-    # Whether later hours are kept depends on reports that may be gone.
-    "release_hours": f"""
-        hour <= (select min(first_seen) / {HOUR} + {24 * HEALTH_DAYS} from stored.builds as seen
-                 where seen.app_id = this.app_id and seen.app_version = this.app_version)"""}
 
 
-def _differences(table: str, expired: int) -> Iterator[str]:
-    """Queries for rows that differ. If reports have expired, they only look at later days, or for sums that are too
-    small: without its first report, a device or session would be counted on a later day or for a later release."""
-    sums = SUMS.get(table) or Sums("", "crashes devices" if table == "groups" else "", lasts=False)
-    if table in ("key_days", "medians") or expired and sums.lasts and not sums.check:
-        return  # no report tells of requests, and medians are a cache
-    condition = "app_id in (select id from apps) and " + _COMPARED.get(table, "true")  # not of deleted apps
-    if expired and sums.check == "recent":
-        condition += f" and day > {(expired >> SEQ_BITS) // DAY + 1}"
-    sign = ">=" if expired and sums.check == "at least" else "="
+def _wrong_rows(table: str) -> str:
+    """A query for rows that are not stored, or whose span is shorter than that of the reports that are left."""
     first, last = SPAN_COLUMNS.get(table, ("app_id", "app_id"))
-    columns = [*((name, "=") for name in PRIMARY_KEYS[table]), *((name, sign) for name in sums.columns),
-               (first, "<="), (last, ">=")]
-    query = "select 1 from {}.{} as this where {} and not exists (select 1 from {}.{} as other where {})"
-    is_same = " and ".join(f"other.{name} {sign} this.{name}" for name, sign in columns)
-    yield query.format("main", table, condition, "stored", table, is_same)
-    # Other rows that are not counted again are from before a window, or describe reports that have expired.
-    if table in SUMS and sign == "=" and not sums.window and table != "release_hours":
-        yield query.format("stored", table, condition, "main", table, is_same)
+    same = [*PRIMARY_KEYS[table], *(("crashes", "devices") if table == "groups" else ())]
+    condition = "true"
+    if "device" in table:
+        condition = "(app_id, device) in (select app_id, device from main.devices where last_seq > :settled)"
+    elif table == "builds":  # at the limit, other builds may have come first
+        condition = f"(select count(*) from stored.builds where app_id = counted.app_id) < {MAX_BUILDS_OF_APP}"
+    return f"""
+        select 1 from main.{table} as counted where {condition} and not exists (
+            select 1 from stored.{table} as kept
+            where {" and ".join(f"kept.{column} = counted.{column}" for column in same)}
+            and kept.{first} <= counted.{first} and kept.{last} >= counted.{last})"""
 
 
 def channel_warnings(path: Path) -> list[str]:
@@ -8218,7 +8266,7 @@ class Commands:
 
     def do_import(self) -> str:
         with self.options.FILE as file:
-            counts = import_jsonl(self.store, file)
+            counts = import_jsonl(self.store, iter(lambda: file.readline(MAX_LINE), b""))
         return (f"Stored {plural(counts['stored'], 'report')}; {counts['known']:,} were here already, and"
                 f" {counts['expired']:,} are older than what is kept here.")
 
@@ -8304,15 +8352,24 @@ def _run(options: argparse.Namespace, make: Callable[..., Backfeedr], open_store
 
 
 def _restart_compiled() -> None:
-    """Replaces this process, if it runs the script, with one that runs the script's compiled module: Python keeps the
-    syntax tree of a script until it ends, 22 MB. Does nothing if Python cannot store that module, if it was told to
-    ignore the environment, or if it is older than 3.10."""
-    loader, path = globals().get("__loader__"), os.pathsep.join(map(str, sys.path))
-    is_script = isinstance(loader, SourceFileLoader) and loader.name == "__main__"  # not -m, an archive or a profiler
+    """Replaces this process, if it runs the script, with one that runs the same code as a compiled module: Python keeps
+    the syntax tree of a script until it ends, 22 MB. Does nothing if Python cannot store a compiled module beside the
+    script, if it was told to ignore the environment, or if it is older than 3.10."""
+    frame, loader, path = sys._getframe(), globals().get("__loader__"), os.pathsep.join(map(str, sys.path))
+    while frame.f_back:
+        frame = frame.f_back
+    if not isinstance(loader, SourceFileLoader) or not hasattr(sys, "orig_argv"):
+        return
+    is_script = frame.f_globals is globals() and loader.path == __file__ and __file__.endswith(".py")  # not a profiler
     keeps_path = not sys.flags.ignore_environment and path.split(os.pathsep) == sys.path
-    if is_script and keeps_path and not sys.dont_write_bytecode and hasattr(sys, "orig_argv"):
-        with suppress(OSError, py_compile.PyCompileError):
-            compiled = str(py_compile.compile(__file__, doraise=True))
+    if not is_script or not keeps_path or sys.dont_write_bytecode:
+        return
+    with suppress(OSError):
+        status, compiled = os.stat(__file__), cache_from_source(__file__)
+        times = struct.pack("<3I", 0, int(status.st_mtime) & 0xFFFFFFFF, status.st_size & 0xFFFFFFFF)  # by PEP 552
+        content = MAGIC_NUMBER + times + marshal.dumps(frame.f_code)  # what runs, never what was stored before
+        loader.set_data(compiled, content)  # does nothing if it cannot write
+        if Path(compiled).read_bytes() == content:
             os.execve(sys.executable, [*sys.orig_argv[:-len(sys.argv)], compiled, *sys.argv[1:]],
                       {**os.environ, "PYTHONPATH": path})  # packages may be beside the script
 
