@@ -2122,17 +2122,12 @@ class Sums:
         self.key, self.columns, self.window, self.lasts = key.split(), columns.split(), window, lasts
         self.check = check
 
-
-_NUMBERS = {"day", "hour", "seconds", "device"}  # the columns of keys that are no text
-_NULLABLE = {"started_at": "integer", "ended_at": "integer", "crash_hour": "integer", "app_version": "text"}
-
-
-def table_schema(table: str, key: Sequence[str], columns: Sequence[str] = ()) -> str:
-    """The statement that makes a table of a figure: with the columns app_id, those of its key, and others."""
-    typed = [f"{name} {'integer' if name in _NUMBERS else 'text'} not null" for name in key]
-    typed += [f"{name} {_NULLABLE.get(name, 'integer not null')}" for name in columns]
-    return (f"create table {table} (app_id integer not null, {', '.join(typed)},\n"
-            f"    primary key (app_id, {', '.join(key)})) without rowid;\n")
+    def schema(self, table: str) -> str:
+        """The statement that makes the table."""
+        numbers = {"day", "hour", "seconds", *self.columns}
+        columns = [f"{name} {'integer' if name in numbers else 'text'} not null" for name in self.key + self.columns]
+        return (f"create table {table} (app_id integer not null, {', '.join(columns)},\n"
+                f"    primary key (app_id, {', '.join(self.key)})) without rowid;\n")
 
 
 def sums_per_day(db: Any, app: int | None, days: range, table: str, *columns: str) -> JsonObject:
@@ -2436,10 +2431,13 @@ class SeenBuild(NamedTuple):
 
 class Releases(Figure):
     """When each build and release was seen; the sessions, crashes and devices of each release, and its sessions per UTC
-    day of the last week. Builds beyond MAX_BUILDS_OF_APP count only for their release. A build_number that is not
-    known, as in all events, is ""."""
+    day of the last week. Builds beyond MAX_BUILDS_OF_APP count only for their release."""
 
-    TABLES = table_schema("builds", ["app_version", "build_number"], SeenBuild._fields) + """
+    TABLES = """
+create table builds (
+    app_id integer not null, app_version text not null, build_number text not null,  -- '': not known, as in all events
+    first_seen integer not null, last_seen integer not null,  -- when its first and its last report were received
+    primary key (app_id, app_version, build_number)) without rowid;
 create view releases as
     select app_id, app_version, min(first_seen) as first_seen, max(last_seen) as last_seen from builds
     group by app_id, app_version;
@@ -2590,8 +2588,16 @@ class Sessions(Figure):
     """Sessions by the UTC day on which they started, and how long they took. A session is a session_id of one device:
     SDKs that count launches use the same ids on every device."""
 
-    TABLES = (table_schema("sessions", ["session_id", "device"], Session._fields)
-              + table_schema("medians", ["day"], ["seconds"]))  # of days that are over, because they take long to sort
+    TABLES = """
+create table sessions (                    -- those of which a report is kept
+    app_id integer not null, session_id text not null, device integer not null,  -- see device_key
+    first_seq integer not null, last_seq integer not null,  -- of its first and its last report
+    started_at integer, ended_at integer, app_version text, crashed integer not null,
+    primary key (app_id, session_id, device)) without rowid;
+create table medians (                     -- of the durations of a day that is over, which take long to sort
+    app_id integer not null, day integer not null, seconds integer not null,
+    primary key (app_id, day)) without rowid;
+"""
     SUMS = {"session_days": Sums("day", "sessions ended session_ms"),  # `ended` have a duration; session_ms is the sum
             "durations": Sums("day seconds", "sessions", DURATION_DAYS)}  # seconds in two significant digits
     COUNTS = (Crash, Event)
@@ -2705,8 +2711,19 @@ class Devices(Figure):
     """Devices that are active, that are new and that come back, and the devices of each release. A device is known by a
     digest, so that no figure has its id, and is forgotten when its last report expires, or up to an hour before."""
 
-    TABLES = (table_schema("devices", ["device"], SeenDevice._fields) + table_schema("device_days", ["device", "day"])
-              + table_schema("device_versions", ["device", "app_version"], SeenVersion._fields))
+    TABLES = """
+create table devices (                     -- those of which a report is kept
+    app_id integer not null, device integer not null,  -- see device_key
+    first_day integer not null, last_hour integer not null,  -- by the time at which reports count
+    last_seq integer not null, primary key (app_id, device)) without rowid;
+create table device_days (
+    app_id integer not null, device integer not null, day integer not null,
+    primary key (app_id, device, day)) without rowid;
+create table device_versions (
+    app_id integer not null, device integer not null, app_version text not null,
+    first_hour integer not null, crash_hour integer,  -- when its first report, and its first crash, were received
+    primary key (app_id, device, app_version)) without rowid;
+"""
     ACTIVE = {"dau": 1, "wau": 7, "mau": 30}  # devices seen within so many days that end with this one
     BACK = {"back_1": 1, "back_7": 7, "back_30": 30}  # devices first seen on this day and again so many days later
     SUMS = {"device_hours": Sums("hour", "devices", 2, check="at least"),  # by the hour of their last report
@@ -2845,7 +2862,11 @@ Name = tuple[int, str, str]  # app_id, field, name
 class NewNames:
     """Decides which new names are counted by themselves, because anyone who has a key can invent names without end."""
 
-    TABLES = table_schema("new_names", ["day", "field"], ["names"])  # how many were new on a UTC day
+    TABLES = """
+create table new_names (                   -- how many were new on a UTC day
+    app_id integer not null, day integer not null, field text not null, names integer not null,
+    primary key (app_id, day, field)) without rowid;
+"""
     FIELDS = {kind: {name: columns_getter(kind, name) for name in names} for kind, names in (
         (Crash, ("group_hash", "exception_type", "device_model", "app_version")), (Event, ("app_version", "name")))}
 
@@ -2910,7 +2931,7 @@ FIGURES: tuple[type[Figure], ...] = (Crashes, Groups, Releases, Sessions, Device
 SUMS = {"key_days": Sums("day key", "requests", KEY_DAYS),  # counted by Commit, not from reports; `key`: see key_name
         **{table: sums for figure in FIGURES for table, sums in figure.SUMS.items()}}
 FIGURE_TABLES = (NewNames.TABLES + "".join(figure.TABLES for figure in FIGURES)
-                 + "".join(table_schema(table, sums.key, sums.columns) for table, sums in SUMS.items()))
+                 + "".join(sums.schema(table) for table, sums in SUMS.items()))
 SCHEMA = REPORT_TABLES + SYMBOL_TABLES + TRIAGE_TABLES + FIGURE_TABLES
 # The primary keys of all tables that have rows of an app, except those of the reports.
 PRIMARY_KEYS = {table: tuple(key.split(", ")) for table, key in re.findall(
