@@ -6390,6 +6390,7 @@ def _trace_rows(report: JsonObject, only_known: bool = False) -> list[FrameRow]:
 
 
 def trace_html(frames: Sequence[FrameRow]) -> str:
+    """HTML for a stack trace: its first SHOWN_FRAMES frames, and how many more there are. Empty without frames."""
     items = "".join(
         f"""<li{' class="own"' if frame.is_own else ''} title="{escape(_shorten(frame.address))}"><code>"""
         f'{text_html(frame.symbol, 1000)}</code> <span class="place">{text_html(frame.place)}</span></li>'
