@@ -6288,7 +6288,7 @@ def _usage_tiles(metrics: Metrics, app: str | None) -> Iterator[str]:
     length = "none has ended yet"
     for day, seconds in zip(labels, sessions[average + "_seconds"]):
         if seconds is not None:
-            length = f"{average} length on {_day_name(day)}: {timedelta(seconds=round(seconds))}"
+            length = f"{average} length on {_day_name(day)}: " + "{} min {} s".format(*divmod(round(seconds), 60))
     yield _tile("Sessions", f"{sum(sessions['sessions'][-7:]):,}", f"7 days; {length}", labels, sessions["sessions"])
 
 

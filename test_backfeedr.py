@@ -7682,7 +7682,7 @@ def test_the_usage_page_shows_active_devices_session_lengths_and_retention(api, 
             for type, seconds in (("session_start", 300), ("custom", 200), ("session_end", 0))])
     text = person.text("/usage?app=default")
     for expected in ("Active devices 3 24 hours", "Active devices 3 7 days", "Active devices 5 30 days",
-                     "Sessions 5 7 days; median length on 12 Mar: 0:05:00",
+                     "Sessions 5 7 days; median length on 12 Mar: 5 min 0 s",
                      "Back after 1 day 25 % of 4 new devices", "Back after 7 days 50 % of 4 new devices",
                      "Back after 30 days - of 0 new devices", "bought a custom 4",
                      "Adoption, 7 days Version Adoption 1.0 80.00 % 2.0 20.00 % All"):
