@@ -558,11 +558,6 @@ class Frame(NamedTuple):
         return self.symbol or (f"{self.binary} + {self.offset}" if self.binary and self.offset is not None else "")
 
     @property
-    def needs_symbols(self) -> bool:
-        """Whether it has no trusted name, but the symbols of its build could give it one."""
-        return bool(self.uuid and self.offset is not None and self.is_own is not False and not self.has_trusted_name)
-
-    @property
     def label(self) -> str:
         """The text by which groups tell frames apart: its name, or its build and offset."""
         if self.has_trusted_name and self.symbol or self.offset is None:
@@ -723,7 +718,8 @@ def group_hash(exception_type: str, frames: Iterable[Frame]) -> str:
 
 def builds_to_symbolicate(frames: Iterable[Frame]) -> str | None:
     """The UUIDs of up to MAX_IMAGES builds whose symbols can name any of these frames, separated by spaces; or None."""
-    uuids = {frame.uuid: None for frame in frames if frame.needs_symbols}
+    uuids = {frame.uuid: None for frame in frames
+             if frame.uuid and frame.offset is not None and frame.is_own is not False and not frame.has_trusted_name}
     return " ".join(list(uuids)[:MAX_IMAGES]) or None
 
 
