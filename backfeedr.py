@@ -1837,14 +1837,6 @@ class Symbols:
             # The frames of all callers have return addresses.
             is_return_address = is_return_address or frame.get("inlined") is not True
 
-    def regrouped(self, crash: Crash) -> Crash:
-        """The crash, in the group that follows from its symbolicated frames."""
-        if not self.can_name(crash.images):
-            return crash
-        frames = json.loads(crash.stack_trace)
-        group = self.group_of(frames, crash.exception_type, crash.group_hash, is_trace_cut(crash.extra))
-        return crash._replace(group_hash=group)
-
     def group_of(self, frames: Iterable[JsonObject], exception_type: str, group: str, is_cut: bool) -> str:
         """The group that follows from symbolicated frames. If others were cut and none of these is the app's own, the
         crash stays in its group: the frames that decided it may be gone."""
@@ -4106,7 +4098,9 @@ class Commit:
         done: list[Any] = []  # list[Any]() would take 30 times as long
         for report in reports:
             if type(report) is Crash and self._symbols.can_name(report.images):
-                report = self._symbols.regrouped(report)
+                report = report._replace(group_hash=self._symbols.group_of(
+                    json.loads(report.stack_trace), report.exception_type, report.group_hash,
+                    is_trace_cut(report.extra)))
                 if self._symbols.lookups >= self._symbols.max_lookups:
                     self._to_move.add(report.group_hash)
             done.append(report)
