@@ -5533,8 +5533,8 @@ def _load_reports(db: Connection, table: str, seqs: Sequence[int], max_text: int
 
 def _symbolicate(symbols: Symbols, report: JsonObject) -> None:
     """Names the frames of `stack_trace`. If that changes them, keeps those that were sent as `raw_stack_trace`."""
-    frames = report.get("stack_trace")
-    if type(frames) is list and all(type(frame) is dict for frame in frames):
+    frames: Any = report.get("stack_trace")
+    if _is_list_of_objects(frames):
         report["stack_trace"] = list(symbols.symbolicated(frames, SHOWN_LOOKUPS - symbols.lookups))
         if report["stack_trace"] != frames:
             report["raw_stack_trace"] = frames
@@ -5596,8 +5596,8 @@ FILTERED_GROUP_COUNTS = f"""
 class GroupMetrics(PublicMetrics):
     """Answers about groups. Lists come in pages of `limit`; `cursor` is the `next` of the page before, or None."""
 
-    def news(self, app: str | None = None, limit: int = 50) -> list[JsonObject]:
-        """The groups that appeared or regressed last, the latest first; `at` is in milliseconds."""
+    def news(self, app: str | None = None) -> list[JsonObject]:
+        """The 50 groups that appeared or regressed last, the latest first; `at` is in milliseconds."""
         with self._snapshot(app) as (db, app_id):
             rows = dict_rows(db, f"""
                 select 'new' as what, came_at as at, app_id, group_hash from groups
@@ -5605,8 +5605,7 @@ class GroupMetrics(PublicMetrics):
                 union all select 'regressed', regressed_at, app_id, group_hash from triage
                 where {APP_FILTER} and regressed_at is not null and exists (
                     select 1 from groups where app_id = triage.app_id and group_hash = triage.group_hash)
-                order by at desc, what, app_id, group_hash limit :limit
-                """, {"app": app_id, "other": OTHER, "limit": limit})
+                order by at desc, what, app_id, group_hash limit 50""", {"app": app_id, "other": OTHER})
             return self._described(db, rows)
 
     def groups(self, app: str | None = None, version: str | None = None, days: int | None = None,
@@ -6558,8 +6557,8 @@ class PageRequest:
         """The address of this page for another group."""
         return self.root + re.sub("[0-9a-f]{16}", group_hash, self.path_and_query, count=1)
 
-    def redirect(self, path: str, status: int = 303) -> Response:
-        return bottle.HTTPResponse(b"", status, {**PAGE_HEADERS, "Location": self.root + path})
+    def redirect(self, path: str) -> Response:
+        return bottle.HTTPResponse(b"", 303, {**PAGE_HEADERS, "Location": self.root + path})
 
     def set_session(self, response: Response, session: str, lifetime: int = SESSION_LIFETIME) -> Response:
         """Sets the session's cookie. It is Lax, so that a link from a chat or an email opens in the same session. That
