@@ -8121,7 +8121,7 @@ def _wrong_rows(table: str) -> str:
     """A query for rows that are not stored, or whose span is shorter than that of the reports that are left."""
     first, last = SPAN_COLUMNS.get(table, ("app_id", "app_id"))
     same = [*PRIMARY_KEYS[table], *(("crashes", "devices") if table == "groups" else ())]
-    condition = "true"
+    condition, unit = "true", SECOND if table == "builds" else 1  # see SeenBuild.last_seen
     if "device" in table:
         condition = "(app_id, device) in (select app_id, device from main.devices where last_seq > :settled)"
     elif table == "builds":  # at the limit, other builds may have come first
@@ -8130,7 +8130,7 @@ def _wrong_rows(table: str) -> str:
         select 1 from main.{table} as counted where {condition} and not exists (
             select 1 from stored.{table} as kept
             where {" and ".join(f"kept.{column} = counted.{column}" for column in same)}
-            and kept.{first} <= counted.{first} and kept.{last} >= counted.{last})"""
+            and kept.{first} <= counted.{first} and kept.{last} / {unit} >= counted.{last} / {unit})"""
 
 
 def channel_warnings(path: Path) -> list[str]:

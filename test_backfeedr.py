@@ -3576,6 +3576,15 @@ def test_forgetting_warns_if_a_reader_keeps_deleted_data_in_the_wal(keeping, cap
         path.read_bytes() for path in server.store.path.parent.glob("test.db*"))
 
 
+def test_figures_agree_when_the_first_device_of_a_second_is_forgotten(keeping, clock):
+    server = keeping()
+    for device in "ab":
+        add(server, app_version="1.0", device_id_hash=device)
+        clock.move(0.2)
+    server.store.forget_device("a")
+    check_database(server, forgotten=True)
+
+
 def test_figures_agree_when_devices_are_forgotten_days_after_the_last_report(keeping, clock):
     server = keeping(0)
     for n in range(6):
