@@ -68,18 +68,23 @@ Dashboard uses Templates, and Database names the queue of Commit:
 
 To make a change, edit:
 
-    add an endpoint             Backfeedr._routes; a query that takes `app`, in a class of metrics; a handler if that is
-                                not enough; ERRORS for a refusal that is no 400
-    add a field to a report     REPORT_TABLES, _ADDED_COLUMNS and SCHEMA_VERSION; Crash or Event, before occurred_at;
-                                perhaps _CONVERTERS; as_sent for a boolean or JSON; for long text or JSON, _convert and
-                                _truncate_fairly
-    add a figure                a class in FIGURES, its fields at the end of COUNTED; a PublicMetrics query and a route;
-                                SCHEMA_VERSION, and where migrate does not count all again, a count of the stored ones;
-                                for text that clients make up, MAX_NEW_NAMES, OTHER_FLAGS and NewNames
-    add a page                  Dashboard.routes, a method there, a row of _TEMPLATES, and of _NAVIGATION for the menu
-    add a command               a method do_... of Commands, and a row of _COMMANDS
-    add a kind of channel       a function in Channels, a row of CHANNELS, and perhaps check_address and Alerts.add
-    accept another format       a function like those of MetricKit, and _read_diagnostics; for another path, _ingestion
+    add an endpoint             Backfeedr._routes; a query that takes `app`: in PublicMetrics, from figures alone and
+                                cut by rows_that_fit, if anyone may ask, else in GroupMetrics or Metrics, for `admin`; a
+                                handler if that is not enough; ERRORS for a refusal that is no 400
+    add a field to a report     REPORT_TABLES, SCHEMA_VERSION, and _ADDED_COLUMNS under the new version; Crash or Event,
+                                before occurred_at; _CONVERTERS unless it is short text; _AS_SENT for a boolean or JSON;
+                                for long text or JSON, _convert and _truncate_fairly
+    add a figure                a class in FIGURES, its fields at the end of COUNTED; a query and a route, as above;
+                                SCHEMA_VERSION, and where migrate does not count all again, a count of the stored
+                                reports; for text that clients make up, MAX_NEW_NAMES, OTHER_FLAGS and NewNames
+    add a page                  a query, as above; Dashboard.routes, a method there, a row of _TEMPLATES, and of
+                                _NAVIGATION for the menu
+    add a command               a method do_... of Commands, a row of _COMMANDS, and a method of the store
+    add a kind of channel       a function in Channels, a row of CHANNELS, and the texts that name "ntfy+https"; perhaps
+                                check_address, and Alerts.add if it signs its messages
+    accept another format       a function that makes a Diagnostic, and _read_diagnostics; for another path, _ingestion
+
+Tests name what must follow: README's tables, examples/openapi.json, and in test_backfeedr.py DOWNGRADES and recount().
 """
 
 from __future__ import annotations
@@ -245,7 +250,7 @@ def _from_text(text: str, kind: type) -> Any:
 
 # == Schema ====================================================================
 # One SQLite file that its owner can open with any tool. Each report is a row whose columns are named like the fields of
-# the API. Times are milliseconds since 1970 UTC. The tables of the figures are in their own sections.
+# the API. Times are milliseconds since 1970 UTC. The tables of symbols and figures are in their own sections.
 #
 # `seq` is the time of receipt in milliseconds * 2^20 + a counter. The id of a report is its seq in hexadecimal, so it
 # takes no space and needs no index. Seqs ascend, so inserts append and retention deletes at the front. After the
@@ -2104,8 +2109,9 @@ def counted_reports(kind: Any, app_id: int, seqs: Sequence[int], received: Seque
 
 class Sums:
     """A table of sums, by app_id and the columns of `key`. Its rows are kept for `window` days; 0 is forever.
-    If it `lasts`, reports that expire stay counted. Once some have expired, the command `check` compares only "recent"
-    days, tests whether sums are "at least" those of the reports that are left, or compares nothing."""
+    If it `lasts`, reports that expire stay counted. Once some have expired, the command `check` compares lasting sums
+    only of "recent" days, or tests that they are "at least" those of the reports that are left, or else not at all. A
+    key column is text unless it is named day, hour or seconds."""
 
     def __init__(self, key: str, columns: str, window: int = 0, lasts: bool = True, check: str = ""):
         self.key, self.columns, self.window, self.lasts = key.split(), columns.split(), window, lasts
@@ -3557,8 +3563,8 @@ class Database(Closing):
     Raises StoreError if the file cannot be opened or is not a database of backfeedr. Every method may raise
     StorageUnavailable. `clock` returns seconds since 1970. A subclass of Store for another engine
     (examples/postgres.py) replaces what only SQLite has: `Error`, `Outage`, _open, _connect, _require_same_file,
-    reading, _shrink, _fold_in_wal, size, used_size, warnings and vitals; and its connections have the methods of
-    Connection.
+    _unavailable, reading, close, _shrink, _fold_in_wal, size, warnings and vitals; and its connections have the methods
+    of Connection.
     """
 
     Error: type[Exception] = sqlite3.Error  # the base of all errors of a connection
