@@ -2493,7 +2493,8 @@ class SeenReleases:
         latest = sorted(self._releases, key=itemgetter(2), reverse=True)[:100]  # by first_seen
         keys, names = [release[:2] for release in latest], dict(self._db.execute("select id, name from apps"))
         of_release = self._sessions("release_days", "app_id, app_version")
-        of_app, verdicts = self._sessions("session_days", "app_id"), self.verdicts(keys)
+        of_app, verdicts = self._sessions("session_days", "app_id"), self.verdicts(
+            {release[:2] for release in latest if release[2] > self._now - HEALTH_DAYS * DAY})  # more would take long
         sums = {row[:2]: row[2:] for row in rows_of(self._db, QUERIES_BY_KEY["release_sums"], keys)}
         for app_id, version, first_seen, last_seen in latest:
             key = app_id, version
@@ -2506,21 +2507,28 @@ class SeenReleases:
                    "adoption": round(100 * of_release.get(key, 0) / (of_app.get((app_id,)) or 1), 2),
                    "first_seen": iso_time(first_seen), "last_seen": iso_time(last_seen), "verdict": verdicts.get(key)}
 
-    def newest(self) -> dict[int, str]:
-        """The newest release of each app, by app_id: the last one that came. An old version that comes late is not the
-        newest, unless it has more sessions: an app may begin to number its versions anew."""
-        newest: dict[int, Row] = {}  # version key, sessions, version
+    def current(self) -> list[Row]:
+        """The app_id and version of the newest release of each app, followed by the one with the most sessions if that
+        is another: a few testers of the next version must not hide a bad release. The newest is the last one that came.
+        An old version that comes late is not, unless it has more sessions: an app may begin to number them anew."""
+        newest, most_used = dict[int, Row](), dict[int, Row]()  # by app_id: sessions, version key, version
         sessions_of = self._sessions("release_days", "app_id, app_version")
         for app_id, version, *_ in self._releases:
-            release = version_key(version), sessions_of.get((app_id, version), 0), version
-            other = newest.get(app_id, ((), -1, ""))
-            if version != OTHER and (release[0] >= other[0] or release[1] > other[1]):
+            release = sessions_of.get((app_id, version), 0), version_key(version), version
+            other = newest.get(app_id, (-1, (), ""))
+            if version != OTHER and (release[1] >= other[1] or release[0] > other[0]):
                 newest[app_id] = release
-        return {app_id: version for app_id, (_, _, version) in newest.items()}
+            if version != OTHER and release[0] > most_used.get(app_id, (0,))[0]:
+                most_used[app_id] = release
+        return list({(app_id, release[2]): None for app_id in newest for release in (
+            newest[app_id], most_used.get(app_id, newest[app_id]))})
 
     def _pairs(self, wanted: Container[Row]) -> list[ReleasePair]:
         """Each release of `wanted`, by app_id and version, with its previous one: the highest lower version that was
-        seen earlier. So neither an old version that comes late nor one that is no release (99.0) hides others."""
+        seen earlier, if possible on a tenth as many devices. So no old version that comes late hides others, nor one
+        that is no release (99.0), that was withdrawn, or that only testers had."""
+        devices_of = {(app_id, version): devices for app_id, version, devices in self._db.execute(
+            f"select app_id, app_version, devices from release_sums where {APP_FILTER}", self._parameters)}
         pairs, earlier = [], defaultdict[int, list[Row]](list)  # the releases of each app that came before, by version
         for app_id, version, first_seen, _ in sorted(
                 self._releases, key=lambda release: (release[2], version_key(release[1]), release[1])):
@@ -2528,7 +2536,10 @@ class SeenReleases:
                 release, lower = (version_key(version), version, first_seen), earlier[app_id]
                 n = bisect_left(lower, release)
                 if n and (app_id, version) in wanted:
-                    pairs.append(ReleasePair(app_id, version, first_seen, *lower[n - 1][1:]))
+                    least = devices_of.get((app_id, version), 0) / 10
+                    previous = next((other for other in reversed(lower[:n])
+                                     if devices_of.get((app_id, other[1]), 0) >= least), lower[n - 1])
+                    pairs.append(ReleasePair(app_id, version, first_seen, *previous[1:]))
                 lower.insert(n, release)
         return pairs
 
@@ -4916,13 +4927,13 @@ class Store(SymbolStore):
 
 
 def worse_releases(db: Connection, now: int) -> list[tuple[ReleasePair, str]]:
-    """The newest release of each live app if it is certainly worse than the one before, and the text of the verdict.
-    Those that were reported already are left out."""
+    """The current releases of live apps that are certainly worse than the one before, and the texts of the verdicts.
+    Releases as old as one that was reported already are left out."""
     releases = SeenReleases(db, None, now)
     return [(pair, (verdict(*healths) or {})["text"])
-            for pair, healths in releases.compared(releases.newest().items()).items()
+            for pair, healths in releases.compared(releases.current()).items()
             if min(healths).devices >= ENOUGH_DEVICES and newcombe_interval(healths[0], healths[1], Z_99)[1] < 0
-            and get_state(db, f"worse_{pair.app_id}", 0) != pair.first_seen]
+            and get_state(db, f"worse_{pair.app_id}", 0) < pair.first_seen]
 
 
 def note_worse_releases(db: Connection, now: int) -> None:
@@ -5505,14 +5516,15 @@ class PublicMetrics:
             releases.sort(key=lambda release: version_key(release["app_version"]), reverse=True)
         return {"releases": list(rows_that_fit(releases))}
 
-    def newest_releases(self, app: str | None = None) -> list[JsonObject]:
-        """The newest release of each app with its verdict, those that are worse than before first."""
+    def current_releases(self, app: str | None = None) -> list[JsonObject]:
+        """The newest release of each app, and the one with the most sessions if that is another, with their verdicts,
+        those that are worse than before first."""
         with self._snapshot(app) as (db, app_id):
             seen, names = SeenReleases(db, app_id, self._store.now), dict(db.execute("select id, name from apps"))
-            newest = seen.newest().items()
-            verdicts = seen.verdicts(newest)
+            current = seen.current()
+            verdicts = seen.verdicts(current)
         releases = [{"app": names[id], "app_version": version, "verdict": verdicts.get((id, version))}
-                    for id, version in newest]
+                    for id, version in current]
         return sorted(releases, key=lambda row: ((row["verdict"] or {}).get("word") != "worse", row["app"]))
 
     def is_empty(self, app: str | None = None) -> bool:
@@ -5726,7 +5738,7 @@ class GroupMetrics(PublicMetrics):
     def attention(self, app: str | None = None) -> JsonObject:
         """The open groups that crashed on the seven UTC days that end today. `new` has the latest that were new or
         regressed then, and `new_count` counts all of these. `first` has those with the highest score: the devices that
-        crashed in the app's newest release, halved for each day since the last crash. A group of two apps is listed
+        crashed in the app's current releases, halved for each day since the last crash. A group of two apps is listed
         twice. A group without a stored crash or decision has no page, so it is left out."""
         week = self._last_days(WEEK_DAYS)
         since = week[0] * DAY
@@ -5746,16 +5758,18 @@ class GroupMetrics(PublicMetrics):
             new = sorted((row for row in rows if row["news_at"] >= since), key=itemgetter("news_at"), reverse=True)
             by_devices = sorted(rows[SCORED_GROUPS:], key=itemgetter("devices"), reverse=True)
             first = rows[:SCORED_GROUPS] + by_devices[:SCORED_GROUPS]  # crashes alone say little: one device may loop
-            newest = SeenReleases(db, app_id, self._store.now).newest()
+            current = SeenReleases(db, app_id, self._store.now).current()
             for row in first:
-                row["newest"] = newest.get(row["app_id"])
-                row["devices"], row["of_newest"] = db.execute(f"""
+                row["current"] = [version for id, version in current if id == row["app_id"]]
+                newest, *_, most_used = (row["current"] or [None]) * 2
+                row["devices"], row["of_current"] = db.execute(f"""
                     select count(distinct device_id_hash),
-                        count(distinct case when app_version = :newest then device_id_hash end)
+                        count(distinct case when app_version in (:newest, :most_used) then device_id_hash end)
                     from crashes
                     where app_id = :app_id and group_hash = :group_hash and {RECEIVED_AT} >= :since
-                        and {COUNTED_AT} / {DAY} between :first and :last""", {**parameters, **row}).fetchone()
-                row["score"] = row["of_newest"] * 0.5 ** (max(0, self._store.now - row["last_seen"]) / DAY)
+                        and {COUNTED_AT} / {DAY} between :first and :last
+                    """, {**parameters, **row, "newest": newest, "most_used": most_used}).fetchone()
+                row["score"] = row["of_current"] * 0.5 ** (max(0, self._store.now - row["last_seen"]) / DAY)
             first.sort(key=itemgetter("score", "devices", "count"), reverse=True)
             shown = {name: [{**_group_json(group), "is_new": group["came_at"] >= since}
                             for group in self._described(db, groups[:SHOWN_GROUPS])]
@@ -5785,7 +5799,7 @@ class GroupMetrics(PublicMetrics):
         """The first build that may have the fix of a group: the newest of the app or, if the group has crashed in that
         one, the next. "" if no version of the app is known."""
         with self._snapshot(app) as (db, app_id):
-            version = SeenReleases(db, app_id, self._store.now).newest().get(app_id or 0, "")
+            version = next(iter(SeenReleases(db, app_id, self._store.now).current()), (0, ""))[1]
             build = max((number for number, in db.execute("""
                 select build_number from builds where app_id = ? and app_version = ? order by first_seen desc limit 100
                 """, (app_id, version))), key=version_key, default="")
@@ -5863,10 +5877,10 @@ class Metrics(GroupMetrics):
     """Answers all questions. Lists come in pages, as in GroupMetrics."""
 
     def digest(self, app: str | None, since: int, until: int) -> list[JsonObject]:
-        """The facts of a digest from `since` to `until`, in milliseconds: is the newest release worse, what is new,
+        """The facts of a digest from `since` to `until`, in milliseconds: are the current releases worse, what is new,
         what is fixed? A fact about one app has its name as `app`, so that it can be dropped if the app is deleted."""
         verdicts = [{"app": row["app"], "text": f"{row['app']} {row['app_version']} is {row['verdict']['text']}"}
-                    for row in self.newest_releases(app) if row["verdict"]]
+                    for row in self.current_releases(app) if row["verdict"]]
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "since": since, "until": until, "other": OTHER}
             crashes = sums_per_day(db, app_id, self._last_days(3), "crash_days", "crashes")["crashes"]
@@ -6705,7 +6719,7 @@ class Dashboard:
         return self._render(
             page, "Overview", "overview", is_empty=metrics.is_empty(app), tiles=_overview_tiles(metrics, app),
             warnings=[*self._rate_limited.today(app), *self._store.warnings()], **metrics.attention(app),
-            verdicts=metrics.newest_releases(app)[:SHOWN_VERDICTS],
+            verdicts=metrics.current_releases(app)[:SHOWN_VERDICTS],
             types=metrics.crash_types(app, 30), devices=metrics.devices(app, 30))
 
     def _crashes(self, page: PageRequest) -> Response:
@@ -6941,8 +6955,8 @@ _GROUP_COLUMN = ("Crash", """{{!anchor(_group_title(row), "/crashes/" + row["gro
 % brief = (page.app_names(row), row["exception_type"] if row["place"] else "", row["exception_reason"])
 <span class="brief soft">{{!": ".join(text_html(text) for text in brief if text)}}</span>""", "main")
 _SCORED_DEVICES_COLUMN = ("Devices", """{{!value_html(row["devices"])}} <small>
-% if row["newest"] and row["of_newest"] != row["devices"]:
-({{!value_html(row["of_newest"])}} in {{_shorten(row["newest"], 12)}})
+% if row["current"] and row["of_current"] != row["devices"]:
+({{!value_html(row["of_current"])}} in {{", ".join(_shorten(version, 12) for version in row["current"])}})
 % end
 </small>""", "number")
 _RELEASE_COLUMN = ("Version", """
@@ -7019,7 +7033,7 @@ _TEMPLATES = {name: bottle.SimpleTemplate(source) for name, source in {
 </section><section><h2>{{!anchor("To fix first", "/crashes", days=7)}}</h2>
 """ + _table("first", _GROUP_COLUMN, _SCORED_DEVICES_COLUMN, _COUNT_COLUMN, "Last seen",
                     empty="No crashes in the last 7 days.", note="""Ranked by the number of devices that crashed in the
-newest release in the last 7 days, halved for each day since the last crash.""") + """</section></div>
+newest or most used release in the last 7 days, halved for each day since the last crash.""") + """</section></div>
 <div class="grid tiles">{{!"".join(tiles)}}</div>
 <div class="grid"><section><h2>Exception types, 30 days</h2>{{!bar_chart(types)}}</section>
 <section><h2>Crashing devices, 30 days</h2>{{!bar_chart(devices)}}</section></div>

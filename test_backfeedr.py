@@ -3417,7 +3417,7 @@ def test_releases_beyond_the_limits_of_a_day_and_of_an_app_count_as_other_which_
         later(server, 1, times=sessions, type="session_start", app_version=version)
     assert sql(server, "select app_version, sessions from release_sums order by sessions") == [
         ("1.0", 1), ("(other)", 3)]
-    assert [release["app_version"] for release in server.metrics.newest_releases()] == ["1.0"]
+    assert [release["app_version"] for release in server.metrics.current_releases()] == ["1.0"]
     for n in range(1, 8):
         later(server, A_DAY, exception_type="SIGABRT", app_version=f"1.{n}")
     assert {row["app_version"] for row in Api(server).get("/api/v1/releases", **ADMIN)[1]["releases"]} \
@@ -6401,6 +6401,49 @@ def test_a_worse_release_is_not_reported_if_it_is_the_newest_of_another_app_only
     clock.move(A_DAY)
     add(server, type="custom")
     assert "release.worse" not in [kind for kind, _ in facts_of(server)]
+
+
+def test_a_few_testers_of_the_next_version_do_not_hide_a_release_that_is_worse(subscribed, clock):
+    server = subscribed.server
+    for version, crashed in (("1.0", 4), ("1.1", 30)):
+        send_devices(server, version, 100, crashed)
+        clock.move(A_DAY)
+    add(server, type="session_start", app_version="1.1", device_id_hash="1.1 0")
+    send_devices(server, "2.0", 5, 0)
+    add(server, exception_type="Beta", app_version="2.0", device_id_hash="2.0 0")
+    clock.move(3600)
+    add(server, type="custom")
+    assert [(row["app_version"], (row["verdict"] or {}).get("word")) for row in server.metrics.current_releases()] \
+        == [("1.1", "worse"), ("2.0", "too early")]
+    assert [kind for kind, _ in facts_of(server)].count("release.worse") == 1
+    first = server.metrics.attention("default")["first"]
+    assert [(group["exception_type"], group["current"], group["of_current"]) for group in first] == [
+        ("SIGABRT", ["2.0", "1.1"], 30), ("Beta", ["2.0", "1.1"], 1)]
+    assert " 34 (30 in 2.0, 1.1) " in Person(server).signed_in().text("/?app=default")
+    clock.move(A_DAY)
+    add(server, type="custom")
+    assert [kind for kind, _ in facts_of(server)].count("release.worse") == 1
+
+
+def test_a_release_is_not_compared_with_one_that_hardly_anybody_had(api, clock):
+    for version, devices, crashed in (("1.0", 200, 2), ("1.1", 12, 0), ("1.2", 200, 40)):
+        send_devices(api.server, version, devices, crashed)
+        clock.move(A_DAY)
+    assert verdicts(api)["1.2"] == "worse: 80 % of devices crash-free, 99 % before"
+    send_devices(api.server, "1.3", 60, 0)  # 12 devices of 1.1 are enough for this one, but 1.2 is nearer
+    clock.move(A_DAY)
+    assert verdicts(api)["1.3"] == "better: 100 % of devices crash-free, 80 % before"
+
+
+def test_releases_first_seen_more_than_90_days_ago_are_judged_no_more(keeping, clock):
+    api = Api(keeping(400))
+    for version, crashed in (("1.0", 4), ("1.1", 30)):
+        send_devices(api.server, version, 100, crashed)
+        clock.move(3600)
+    clock.move(89 * A_DAY)
+    assert verdicts(api)["1.1"].startswith("worse")
+    clock.move(A_DAY)
+    assert verdicts(api) == {"1.0": None, "1.1": None}
 
 
 def test_a_verdict_stays_after_its_devices_have_expired(keeping, clock):
