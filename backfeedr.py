@@ -3106,7 +3106,7 @@ def decide(db: Any, app_id: int, group_hash: str, changes: JsonObject, now: int)
     """Applies changes from parse_triage to a group. Raises Refusal for a condition that belongs to another state."""
     row = db.execute(f"select {', '.join(Decision._fields)} from triage where app_id = ? and group_hash = ?",
                      (app_id, group_hash)).fetchone()
-    before = after = Decision(*row) if row else Decision("open", now)
+    before = after = Decision(*row) if row else Decision("open", 0)  # 0: nobody has decided it
     state, history = changes.get("state", before.state), []
     for name, (state_of_condition, _, _) in CONDITIONS.items():
         if changes.get(name) is not None and state != state_of_condition:
@@ -3127,8 +3127,13 @@ def decide(db: Any, app_id: int, group_hash: str, changes: JsonObject, now: int)
 
 def _write_decision(db: Any, app_id: int, group_hash: str, decision: Decision, now: int,
                     history: Sequence[tuple[str, str | None]]) -> None:
-    """Writes a decision, adds these entries to the history, and deletes the oldest ones beyond MAX_HISTORY."""
+    """Writes a decision, and adds these entries to the history."""
     upsert(db, "triage", [(app_id, group_hash, *decision)], _replacements(Decision._fields))
+    _add_history(db, app_id, group_hash, now, *history)
+
+
+def _add_history(db: Any, app_id: int, group_hash: str, now: int, *history: tuple[str, str | None]) -> None:
+    """Adds entries to a history, and deletes the oldest ones beyond MAX_HISTORY."""
     last, = db.execute("select coalesce(max(entry), 0) from group_history where app_id = ? and group_hash = ?",
                        (app_id, group_hash)).fetchone()
     write_rows(db, "insert into group_history values *",
@@ -3146,7 +3151,7 @@ def _trim_history(db: Any, app_id: int, group_hash: str) -> None:
 
 def rename_group(db: Any, app_id: int, group_hash: str, target: str) -> None:
     """Makes a group without crashes an alias of the group `target`, which gets its history and, unless it has one of
-    its own, its decision."""
+    its own, its decision. An earlier decision to leave it open does not count."""
     names = {"app": app_id, "group": group_hash, "target": target}
     if not db.execute("""
             select 1 from apps where id = :app and not exists (
@@ -3160,6 +3165,9 @@ def rename_group(db: Any, app_id: int, group_hash: str, target: str) -> None:
             """update group_history set group_hash = :target, entry = entry + (
                     select coalesce(max(entry), 0) from group_history where app_id = :app and group_hash = :target)
                 where app_id = :app and group_hash = :group""",
+            """delete from triage where app_id = :app and group_hash = :target and state = 'open'
+                and regressed_at is null and changed_at < (
+                    select changed_at from triage where app_id = :app and group_hash = :group)""",  # only commented
             """update triage set group_hash = :target where app_id = :app and group_hash = :group and not exists (
                 select 1 from triage where app_id = :app and group_hash = :target)""",
             "delete from triage where app_id = :app and group_hash = :group"):
@@ -3257,15 +3265,19 @@ def update_triage(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], a
             left join triage on triage.app_id = column1 and triage.group_hash = column2
             where (column3 > 0 or state <> 'open') and (is_test = 0 or coalesce(state, 'open') = 'open')""", keys):
         decision, stored, new_devices = Decision(*triage), groups[app_id, group], devices_of[app_id, group]
-        facts = [("new", stored[0])] * (not decision.state and (app_id, "group_hash", group) in accepted)
+        facts = [("new", stored[0])] * ((app_id, "group_hash", group) in accepted)
         if decision.state in ("resolved", "muted"):
             rollups.known.open_groups.discard((app_id, group))
             if are_moved and decision.state == "muted" or not (
                     facts := _reopen(db, now, decision, stored, new_devices)):
                 continue
-        if group != OTHER and not are_moved and any(
-                device_count - new_devices < bound <= device_count for bound in SPREAD_BOUNDS):
+        bound = max((n for n in SPREAD_BOUNDS if device_count - new_devices < n <= device_count), default=0)
+        spread = "spread", f"to {bound} devices"
+        if bound and group != OTHER and not are_moved and not db.execute("""
+                select 1 from group_history where app_id = ? and group_hash = ? and what = ? and detail = ?
+                """, (app_id, group, *spread)).fetchone():  # the number falls as crashes expire, and rises again
             facts.append(("spread", stored[-1]))
+            _add_history(db, app_id, group, now, spread)
         for what, crash in facts:
             note_fact(db, "crash." + what, app_id, now, group, exception_type=exception_type, place=place,
                       app_version=crash.app_version, build_number=crash.build_number, crashes=crash_count,
@@ -4890,6 +4902,9 @@ class Store(SymbolStore):
         sums = RollUps(db, self.now).trim(self._first_kept_seq >> SEQ_BITS)
         deleted = Counter(sums=sums) + self._expire_symbols(db)
         db.execute("delete from facts where at < ?", (self.now - FACT_DAYS * DAY,))
+        db.execute("""
+            delete from group_history where what = 'spread' and not exists (
+                select 1 from groups where app_id = group_history.app_id and group_hash = group_history.group_hash)""")
         db.execute("delete from messages where due_at is null and created_at <= ?", (self.now - HOUR,))
         if not deleted:
             db.execute(SET_STATE, ("trimmed_day", self.now // DAY))
@@ -5315,7 +5330,10 @@ class Alerts:
         has_ended = error is not None and error.status == 410
         if error and tries < len(RETRY_SECONDS):
             due_at = now + max(RETRY_SECONDS[tries] * SECOND, error.retry_after)
-            taken_until = 0 if error.is_receiver_down else due_at  # so _queue_facts knows what waits for a receiver
+            if not error.is_receiver_down:
+                taken_until = due_at  # so _queue_facts knows that it does not wait for the receiver
+            elif error.retry_after:
+                taken_until = due_at - 1  # so it is not sent early
         with self._store.writing(shared=True) as db:  # the channel first, so that two hosts do not deadlock
             db.execute("""
                 update channels set error = ?, error_at = ?, sent_at = coalesce(?, sent_at),
@@ -5327,6 +5345,9 @@ class Alerts:
                     body = case when :due is null then '' else body end
                 where id = :id and due_at is not null  -- null: another process sent it, or its app was deleted
                 """, {"due": due_at, "taken": taken_until, "id": message["id"]})
+            if not error:  # the receiver is up again: nothing waits for hours
+                db.execute("update messages set due_at = ? where channel_id = ? and due_at > ? and taken_until = 0",
+                           (now, message["channel_id"], now + HOUR))
             if has_ended:
                 db.execute("delete from messages where channel_id = ?", (message["channel_id"],))
 
@@ -8144,6 +8165,8 @@ def _wrong_rows(table: str) -> str:
     condition, unit = "true", SECOND if table == "builds" else 1  # see SeenBuild.last_seen
     if "device" in table:
         condition = "(app_id, device) in (select app_id, device from main.devices where last_seq > :settled)"
+    elif table == "sessions":  # its last crash may expire in an earlier step than its events
+        condition = "last_seq > :settled"
     elif table == "builds":  # at the limit, other builds may have come first
         condition = f"(select count(*) from stored.builds where app_id = counted.app_id) < {MAX_BUILDS_OF_APP}"
     return f"""

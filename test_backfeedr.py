@@ -2793,7 +2793,7 @@ def test_state_and_history_outlive_the_crashes_so_a_later_crash_can_be_a_regress
     clock.move(60 * 86_400)
     server.store.prune()
     report_now(api, clock, "1.1 50")
-    assert not facts_of(server), "a group with a history is not new"
+    assert [kind for kind, _ in facts_of(server)] == ["crash.new"], "as the list and the feed say"
     server.store.delete_app("default")
     server.store.prune()
     assert not any(stored(server, "triage", "group_history").values())
@@ -2821,6 +2821,26 @@ def test_facts_say_what_where_and_how_often_and_a_spread_is_one_once_per_bound(s
                   for fact in facts]
         assert facts_of(server) == noted
     assert sql(server, "select distinct app_id, group_hash from facts") == [(1, group)]
+
+
+def test_a_group_spreads_to_a_number_of_devices_once_although_crashes_expire_meanwhile(keeping, clock, monkeypatch):
+    monkeypatch.setattr(backfeedr, "SPREAD_BOUNDS", (2, 3))
+    server = keeping(2)
+    server.alerts.add("https://example.com")
+    for device in "abcdefgh":  # of which two or three are kept at a time
+        add(server, device_id_hash=device)
+        clock.move(A_DAY * 0.9)
+    server.store.prune()
+    spreads = [("spread", "to 2 devices"), ("spread", "to 3 devices")]
+    assert [detail["devices"] for kind, detail in facts_of(server) if kind == "crash.spread"] == [2, 3]
+    assert history_of(server) == spreads
+    check_schema({"$ref": "#/components/schemas/Group"}, server.metrics.group(ABORTS))
+    clock.move(30 * A_DAY)
+    server.store.prune()
+    assert count(server, "group_history") == 0, "the group is gone, so its return is told"
+    add(server, device_id_hash="a")
+    add(server, device_id_hash="b")
+    assert [kind for kind, _ in facts_of(server)] == ["crash.new", "crash.spread"]
 
 
 def test_the_group_other_makes_no_facts(subscribed, monkeypatch):
@@ -2919,6 +2939,24 @@ def test_the_latest_entries_of_two_histories_are_kept_when_their_groups_become_o
     set_triage(api.server, {"comment": "new"}, kept)
     assert [detail for _, detail in history_of(api.server, kept)] == ["3", "4", "5", "new"]
     assert sql(api.server, "select count(*) from group_history") == [(4,)]
+
+
+@pytest.mark.parametrize("of_target, of_group, state", [  # what is decided, the last one first or last; the outcome
+    ({"comment": "x"}, {"state": "resolved"}, "resolved"), ({"state": "open"}, {"state": "muted"}, "muted"),
+    ({"state": "resolved"}, {"state": "muted"}, "resolved"), ({"state": "resolved"}, {"comment": "x"}, "resolved")])
+def test_a_comment_does_not_replace_a_decision_when_two_groups_become_one(api, of_target, of_group, state):
+    add(api.server)
+    target, group = ABORTS, "0" * 16
+    with api.server.store.writing() as db:
+        backfeedr.decide(db, 1, target, of_target, 1)
+        backfeedr.decide(db, 1, group, of_group, 2)
+        backfeedr.rename_group(db, 1, group, target)
+    assert sql(api.server, "select group_hash, state from triage") == [(target, state)]
+    with api.server.store.writing() as db:  # a comment that comes later is no decision, either; but to reopen is one
+        backfeedr.decide(db, 1, group, {"state": "muted"}, 3)
+        backfeedr.decide(db, 1, target, {"state": "open"}, 4)
+        backfeedr.rename_group(db, 1, group, target)
+    assert state_of(api.server, target) == "open"
 
 
 def test_groups_are_listed_by_state(api, person, clock):
@@ -5158,6 +5196,11 @@ DELIVERIES = {
         ("B", 60, "429 1", 0, 1), ("", 4, 204, 0, 0), ("", 1, 204, 1, 0)]),
     "a receiver that was down for a day gets all messages": (["A", "B", "C"], [
         *((fact, 6 * 3600, 503, 0, 1) for fact in "ABC"), ("", 24 * 3600, 200, 3, 0), ("", 48 * 3600, 200, 0, 0)]),
+    "what waits for hours is sent once the receiver takes another message": (["A", "B"], [
+        ("A", 60, 500, 0, 1), *(("", pause, 500, 0, 1) for pause in SCHEDULE[:4]), ("B", 60, 204, 1, 0),
+        ("", 0, 204, 1, 0)]),
+    "but a try that Retry-After put off is not sent early": (["A", "B"], [
+        ("A", 60, "429 7200", 0, 1), ("B", 60, 204, 1, 0), ("", 7139, 204, 0, 0), ("", 1, 204, 1, 0)]),
     "a channel that is down queues an hour's messages": (["A", "B", "C", "D E F"], [
         *((fact, 2 * 3600, 500, 0, 1) for fact in "ABCDEF"), ("", 86_400, 204, 3, 0), ("", 60, 204, 1, 0)]),
     "a channel that refuses messages gets more": (list("ABCDEF"), [
@@ -9210,6 +9253,17 @@ def test_an_import_restores_what_export_printed(command, filled, serve):
         assert command("export", kind, "--db", "other.db")[1].encode() == Path(kind).read_bytes()
     other = serve("other.db")
     assert named_rows(other) == named_rows(filled) and answers(other) == answers(filled)
+
+
+@sqlite_only
+def test_check_accepts_a_session_of_which_the_crash_has_expired_before_the_events(one_day, clock):
+    add(one_day, 3, type="custom", session_id="s", device_id_hash="d")
+    add(one_day, session_id="s", device_id_hash="d")
+    clock.move(A_DAY + 1)
+    with one_day.store.writing() as db:
+        assert one_day.store._delete_due(db, 1) == {"crashes": 1, "events": 1}
+    assert count(one_day, "events") == 2 and not count(one_day, "sessions")
+    assert backfeedr._check_roll_ups(one_day.store.path)
 
 
 @sqlite_only
