@@ -6458,7 +6458,7 @@ STYLE = """
   --link: #1d5a96; --mark: #2f6da8; --bad: #b3261e; }
 @media screen and (prefers-color-scheme: dark) { :root { --paper: #161614; --ink: #e9e6de; --soft: #a19d92;
   --rule: #383631; --tint: #201f1c; --link: #8cbcf0; --mark: #7fb0e4; --bad: #ff8f80; } }
-* { box-sizing: border-box; text-underline-offset: 0.2em; } dl, dd, form, .figure, .chart p { margin: 0; }
+* { box-sizing: border-box; text-underline-offset: 0.3em; } dl, dd, form, .figure, .chart p { margin: 0; }
 body { margin: 0 auto; max-width: 78rem; padding: 0 1.25rem 2rem; background: var(--paper); color: var(--ink);
   font: 0.94rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; -webkit-text-size-adjust: 100%; }
 code, pre, .trace, .key, .long dd { font-family: ui-monospace, Consolas, monospace; } p:empty { display: none; }
