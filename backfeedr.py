@@ -6475,7 +6475,7 @@ section, footer { margin: 1.75rem 0 0; min-width: 0; } .note { margin: 0.2rem 0;
 footer, .tiles section { border-top: 1px solid var(--rule); padding-top: 0.6rem; }
 .grid { display: grid; gap: 0 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(var(--least), 100%), 1fr));
   --least: 17rem; } .tiles { --least: 9rem; column-gap: 2rem; } .tiles h2 { font-weight: 400; margin: 0; }
-.figure { font-size: 1.9rem; line-height: 1.2; }
+.figure { font-size: 1.9rem; line-height: 1.2; } :is(dd, p) bdi { white-space: pre-wrap; }
 .brief { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 1; overflow: hidden;
   word-break: break-all; } [open] .brief { -webkit-line-clamp: none; }
 table { border-collapse: collapse; width: 100%; } .list tr { border-bottom: 1px solid var(--rule); }
