@@ -6946,7 +6946,8 @@ def _filter_form(page: PageRequest, fields: Iterable[tuple[Any, ...]], parameter
 def _value_column(label: str, name: str = "") -> Column:
     """A column for the field with this name, else with the name of its label: a figure or a time."""
     name = name or label.lower().replace(" ", "_").replace("-", "_")
-    return label, f'{{{{!value_html(row["{name}"])}}}}', "" if name.endswith("seen") else "number"
+    unknown = " or None" * (name == "devices")  # 0 if no crash named its device
+    return label, f'{{{{!value_html(row["{name}"]{unknown})}}}}', "" if name.endswith("seen") else "number"
 
 
 def _table(rows: str, *columns: Column | str, empty: str = "", note: str = "") -> str:
@@ -7056,8 +7057,8 @@ _TEMPLATES = {name: bottle.SimpleTemplate(source) for name, source in {
                     empty="No crashes in the last 7 days.", note="""Ranked by the number of devices that crashed in the
 newest or most used release in the last 7 days, halved for each day since the last crash.""") + """</section></div>
 <div class="grid tiles">{{!"".join(tiles)}}</div>
-<div class="grid"><section><h2>Exception types, 30 days</h2>{{!bar_chart(types)}}</section>
-<section><h2>Crashing devices, 30 days</h2>{{!bar_chart(devices)}}</section></div>
+<div class="grid"><section><h2>Crashes by type, 30 days</h2>{{!bar_chart(types)}}</section>
+<section><h2>Crashes by model, 30 days</h2>{{!bar_chart(devices)}}</section></div>
 """,
     "crashes": "{{!_filter_form(page, fields, parameters)}}" + _table(
         "groups", _GROUP_COLUMN, _COUNT_COLUMN, "Devices", ("30 days", '{{!sparkline(row["days"], "Crashes")}}', ""),
@@ -7070,7 +7071,7 @@ newest or most used release in the last 7 days, halved for each day since the la
 <dl class="facts">
 % facts = {"Crashes": "count", "Devices": "devices", "First seen": "first_seen", "Last seen": "last_seen"}
 % for label, name in facts.items():
-<div><dt>{{label}}</dt><dd>{{!value_html(group[name])}}</dd></div>
+<div><dt>{{label}}</dt><dd>{{!value_html(group[name] or (0 if name == "count" else None))}}</dd></div>
 % end
 <div><dt>Group</dt><dd><code>{{group["group_hash"]}}</code></dd></div>
 <div><dt>Export</dt><dd>{{!anchor("text", page.path + ".txt")}} {{!anchor("Markdown", page.path + ".md")}}</dd></div>
@@ -7136,7 +7137,7 @@ newest or most used release in the last 7 days, halved for each day since the la
 % end
 </div>
 <div class="grid">
-% for title, part in (("Versions", "versions"), ("Systems", "systems"), ("Devices", "device_models")):
+% for title, part in (("Versions", "versions"), ("Systems", "systems"), ("Models", "device_models")):
 <section><h2>{{title}}</h2>{{!bar_chart(group[part], group["count"])}}</section>
 % end
 </div>

@@ -2783,7 +2783,7 @@ def test_state_and_history_outlive_the_crashes_so_a_later_crash_can_be_a_regress
         page = server.metrics.groups(state="resolved", sort=sort, cursor=cursor)["groups"]
         assert [group["group_hash"] for group in page] == ["f" * 16]
     check_schema({"$ref": "#/components/schemas/Groups"}, api.get(f"{CRASHES}?state=resolved", **ADMIN)[1])
-    assert f"{ABORTS} resolved 0 0" in Person(server).signed_in().text("/crashes?state=resolved")
+    assert f"{ABORTS} resolved 0 -" in Person(server).signed_in().text("/crashes?state=resolved")
     server.alerts.add("https://example.com")
     report_now(api, clock, "1.0 47")
     assert state_of(server) == "resolved"
@@ -7753,7 +7753,7 @@ def test_a_group_whose_crashes_have_expired_has_its_history_and_can_change_its_s
     assert feed_of(person, feed)[0] == []
     text = person.signed_in().text(path)
     assert re.search(f"{'SIGABRT' if days_later < 7 else ABORTS} - backfeedr", text)
-    for expected in ("Resolved Reopen Mute", "Crashes 0 Devices 0", "commented It was the cart.", "have expired"):
+    for expected in ("Resolved Reopen Mute", "Crashes 0 Devices -", "commented It was the cart.", "have expired"):
         assert expected in text
     for form, state in (("open", "Open Resolve"), ("muted", "Muted Resolve"), ("open", "Open Resolve")):
         answer = send(state_form(person.get(path), form))
