@@ -7073,6 +7073,9 @@ newest or most used release in the last 7 days, halved for each day since the la
 % for label, name in facts.items():
 <div><dt>{{label}}</dt><dd>{{!value_html(group[name] or (0 if name == "count" else None))}}</dd></div>
 % end
+% versions = sorted(group["versions"]["labels"], key=version_key)
+% first_to_last = " to ".join(dict.fromkeys(versions[:1] + versions[-1:]))
+<div><dt>Versions</dt><dd>{{!text_html(first_to_last or "-", 100)}}</dd></div>
 <div><dt>Group</dt><dd><code>{{group["group_hash"]}}</code></dd></div>
 <div><dt>Export</dt><dd>{{!anchor("text", page.path + ".txt")}} {{!anchor("Markdown", page.path + ".md")}}</dd></div>
 </dl><section><h2>{{group["state"].capitalize()}}
