@@ -6483,6 +6483,7 @@ th { text-align: left; font-weight: 400; } thead { overflow-wrap: normal; }
 th, td { padding: 0.4rem 1.2rem 0.4rem 0; vertical-align: top; } :is(th, td):last-child { padding-right: 0; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number, td.session, .list time { white-space: nowrap; }
+:is(dd, h2, .bare) > time::after { content: ", " attr(title); color: var(--soft); font-size: 0.9em; }
 .bars :is(th, td) { padding-block: 0.15rem; } .bars th { color: inherit; font-size: 1em; width: 52%; }
 .bars .number, th.number:first-child { width: 1%; } .own, .hint, pre, .long dd, button { background: var(--tint); }
 svg { display: block; width: 100%; overflow: visible; } .bars svg { margin-top: 0.4rem; }
