@@ -6992,7 +6992,7 @@ _PAGE_LINKS = """<p class="actions">
 """
 _TRIAGE_SECTION = """<section><h2>{{group["state"].capitalize()}}
 {{"in " + group["fixed_in"] if group["fixed_in"] and group["state"] == "resolved" else ""}}
-{{!"again since " + value_html(group["regressed_at"]) if group["regressed_at"] and group["state"] == "open" else ""}}
+{{!"- regressed " + value_html(group["regressed_at"]) if group["regressed_at"] and group["state"] == "open" else ""}}
 </h2><div class="actions">
 % if len(group_apps) > 1:
 <p class="note">Several apps have this crash. Choose one to change its state there:
