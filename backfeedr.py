@@ -7117,12 +7117,13 @@ newest or most used release in the last 7 days, halved for each day since the la
 <section><h2>{{"Crash" if newer else "Latest crash"}}, {{!value_html(report["occurred_at"])}}</h2>
 <p class="actions">{{!anchor("Older crash", page.path, report=older) if older else ""}}
 {{!anchor("Newer crash", page.path, report=newer) if newer else ""}}</p>
-<div class="crash"><div>{{!trace_html(frames)}}
+<div class="crash"><div>
 % for build in group["missing_symbols"]:
 <p class="problem">Symbols for {{!text_html(build_name(build))}} are missing: {{!value_html(build["crashes"])}}
 {{"crashes are" if build["crashes"] > 1 else "crash is"}} waiting for them. To upload the symbols of this build
 ({{build["uuid"]}}): <code>uv run examples/symbols.py --server {{page.url}} App.xcarchive</code></p>
 % end
+{{!trace_html(frames)}}
 % if not any(frame.is_own for frame in frames):
 <p class="note">{{"No frame is known to belong to the app." if frames else "This report has no stack trace."}}</p>
 % end
