@@ -7015,10 +7015,11 @@ _TRIAGE_SECTION = """<section><h2>{{group["state"].capitalize()}}
 <details><summary>Comment</summary>{{!form("Add comment", comment)}}</details>
 % end
 </div>
-% for entry in reversed(group["history"]):
+% for n, entry in enumerate(reversed(group["history"])):
+{{!"<details><summary>Earlier</summary>" if n == 3 else ""}}
 <p class="note">{{!value_html(entry["at"])}} <b>{{entry["what"]}}</b> {{!text_html(entry["detail"] or "", 5000)}}</p>
 % end
-</section>
+{{!"</details>" if group["history"][3:] else ""}}</section>
 """
 
 

@@ -3074,6 +3074,8 @@ def test_a_group_is_triaged_on_its_page(api, person, clock):
     assert "<script" not in person.get(path).text and "alert(1)" in person.text(path)
     report_now(api, clock, "1.3 50")
     assert "Open - regressed just now" in person.text(path)
+    assert "Versions 1.2 to 1.3" in person.text(path)
+    assert person.get(path).text.count("<summary>Earlier</summary>") == 1, "more than three entries"
     before, form = stored(api.server, "triage", "group_history"), state_form(person.get(path), "muted")
     assert re.search("Invalid until.*Until is in the past[.]", send(form, 400, until="2026-03-01").text, re.S)
     send(form, 403, form_token="0" * 64)
