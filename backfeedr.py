@@ -6508,7 +6508,7 @@ input, select, textarea { background: var(--paper); color: var(--ink); font-size
 label:has([type=checkbox]) { display: inline-flex; flex-direction: row-reverse; gap: 0.4rem; color: inherit; }
 button + label { color: inherit; font-size: inherit; margin-left: -0.9rem; }
 button + label > [name] { display: inline-block; width: 10rem; }
-button, summary { cursor: pointer; } button:hover { border-color: var(--ink); }
+button, summary { cursor: pointer; } button { white-space: nowrap; } button:hover { border-color: var(--ink); }
 .plain { border: 0; padding: 0; min-height: 0; background: none; } td form { margin-right: 0.8rem; }
 .hint { padding: 0.3rem 1rem 0.8rem; border-left: 3px solid var(--mark); } .key { user-select: all; }
 @media (max-width: 60rem) {
@@ -7241,7 +7241,8 @@ revoked {{!time_html(row.revoked_at)}}
 {{"{} waiting".format(row["waiting"]) if row["waiting"] else "good"}}
 % end
 """, ""), ("Change", """{{!form("Test", css="plain", action="test-channel", id=str(row["id"]))}}
-{{!form("Remove", css="plain", action="remove-channel", id=str(row["id"]))}}""", "bare"),
+<details><summary>Remove</summary>
+{{!form("Remove", css="danger", action="remove-channel", id=str(row["id"]))}}</details>""", "bare"),
         empty="No channels, so nobody is notified of new or regressed crashes.") + """
 <details{{" open" if "url" in page.form else ""}}><summary>Add channel</summary>
 <p class="note">An https webhook, slack+https or ntfy+https. With the package apprise installed,
