@@ -7005,7 +7005,7 @@ _TRIAGE_SECTION = """<section><h2>{{group["state"].capitalize()}}
 % if group["state"] != "muted":
 <details><summary>Mute</summary>
 <p class="note">Without a condition, it stays muted until somebody reopens it.</p>
-% until = field_html("Until", "until", more='type="date"')
+% until = field_html("Until", "until", more='type="date" min="{}"'.format(iso_day(page.now // DAY + 1)))
 % more_crashes = field_html("or for this many more crashes", "more_crashes", more='type="number" min="1"')
 % more_devices = field_html("devices", "more_devices", more='type="number" min="1"')
 {{!form("Mute", until, more_crashes, more_devices, state="muted")}}
