@@ -6680,7 +6680,7 @@ class Dashboard:
         try:
             is_form, is_open = page.environ["REQUEST_METHOD"] == "POST", page.path in ("/sign-in", "/crashes.atom")
             if not is_open and not self._load_session(page):
-                return page.redirect("/sign-in?" + urlencode({"next": "/" if is_form else page.path_and_query}))
+                return page.redirect("/sign-in?" + urlencode({"next": page.path_and_query.replace("/sign-out", "/")}))
             if is_form:
                 page.read_form()
             return handler(page, **path)

@@ -7333,7 +7333,9 @@ def test_a_form_is_refused_without_the_token_of_its_session(api, person):
         person.post("/sign-out", 403, **forged)
         person.post("/sign-in", 403, token=TOKEN, **forged)
     person.web.post("/sign-out", headers=HTML, status=403, extra_environ={"REQUEST_METHOD": "post"})
-    stranger.post("/apps", 303, action="create", name="Forged", form_token=form_token)
+    for path, back in (("/apps", "/apps"), ("/crashes/00ab?app=A", "/crashes/00ab?app=A"), ("/sign-out", "/")):
+        answer = stranger.post(path, 303, action="create", name="Forged", form_token=form_token)
+        assert answer.headers["Location"] == "/sign-in?" + urlencode({"next": back})
     assert stored(api.server, "apps", "keys", "grants") == before
 
 
