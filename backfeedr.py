@@ -7191,9 +7191,11 @@ No matches. {{!anchor("Show all", "/events")}}, or send some: see <code>examples
 {{!anchor("first seen", "/releases") if "sort" in page.query else "first seen"}} |
 {{!anchor("version", "/releases", sort="version") if "sort" not in page.query else "version"}}</p>
 """ + _table(
-        "releases", _RELEASE_COLUMN, ("Verdict", '{{(row["verdict"] or {"text": "-"})["text"]}}', ""),
+        "releases", _RELEASE_COLUMN, ("Verdict", """<span class="{{row["verdict"] and row["verdict"]["word"]}}">
+{{row["verdict"]["text"] if row["verdict"] else "-"}}</span>""", ""),
         "Crash-free sessions", "Crash-free devices", "Crashes", "Sessions", "Adoption", "First seen", "Last seen",
-        empty=_NO_RELEASES, note="Adoption is the share of the app's sessions in the last 7 days."),
+        empty=_NO_RELEASES, note="""A verdict compares two releases at the same age. Adoption is the share of the app's
+sessions in the last 7 days."""),
     "apps": """% if message:
 <section class="hint" role="{{"status" if status == 200 else "alert"}}">
 <p class="{{"" if status == 200 else "problem"}}">{{message}}</p><p class="key">{{secret}}</p>
