@@ -6812,7 +6812,7 @@ class Dashboard:
         is_session = "session_id" in parameters
         listing = self._metrics.events(page.app, **parameters, limit=LIST_ROWS, oldest_first=is_session)
         fields = (("Type", "type", [("", "all"), *zip(EVENT_TYPES, EVENT_TYPES)]), ("Name", "name"),
-                  ("Session", "session_id"), ("Device", "device_id_hash"))
+                  ("Session id", "session_id"), ("Device id hash", "device_id_hash"))
         return self._render(page, "Session" if is_session else "Events", "events", **listing, parameters=parameters,
                             fields=fields, is_session=is_session)
 
@@ -7117,7 +7117,9 @@ newest or most used release in the last 7 days, halved for each day since the la
 <section><h2>Crashes per day</h2>{{!chart}}</section>
 <section><h2>{{"Crash" if newer else "Latest crash"}}, {{!value_html(report["occurred_at"])}}</h2>
 <p class="actions">{{!anchor("Older crash", page.path, report=older) if older else ""}}
-{{!anchor("Newer crash", page.path, report=newer) if newer else ""}}</p>
+{{!anchor("Newer crash", page.path, report=newer) if newer else ""}}
+% device = report.get("device_id_hash")
+{{!anchor("Events of this device", "/events", app=report["app"], device_id_hash=device) if device else ""}}</p>
 <div class="crash"><div>
 % for build in group["missing_symbols"]:
 <p class="problem">Symbols for {{!text_html(build_name(build))}} are missing: {{!value_html(build["crashes"])}}
