@@ -6641,7 +6641,7 @@ LINK_LIFETIME = 10 * MINUTE  # of a link that signs in once
 LIST_ROWS, SHOWN_VERDICTS = 25, 5  # of crashes or events on a page, and of releases on the overview
 _ERROR_HINTS = {
     403: "The session has changed since the page was loaded. Go back, reload that page and submit the form again.",
-    404: "It may have expired, or its app may have been deleted.",
+    404: "The address is wrong, or what was here has expired or been deleted.",
     500: "The server log has the reason.", 503: "The server log has the reason. Try again in a moment."}
 PageHandler = Callable[..., Response]  # called with a PageRequest and the parts of the path
 
@@ -6759,7 +6759,7 @@ class Dashboard:
         fields = (("Version", "version"), ("Period", "days", [("all", "all days"), *periods]),
                   ("Sort by", "sort", [(sort, sort.replace("_", " ")) for sort in SORT_COLUMNS]),
                   ("State", "state", [("", "all"), *((state, state) for state in STATE_CONDITIONS if state)]),
-                  ("Text", "text"))
+                  ("Search", "text"))
         return self._render(
             page, "Crashes", "crashes", parameters=parameters, fields=fields, next=listing["next"],
             groups=[{**group, **details[group["group_hash"]]} for group in listing["groups"]])
@@ -6868,7 +6868,7 @@ class Dashboard:
             return f"Removed channel {id}.", ""
         if action == "add-channel":
             id, secret = self._add_channel(form)
-            return f"Added channel {id}" + (". Its secret, shown only once:" if secret else "."), secret
+            return f"Added channel {id}" + (". Its signing secret, shown only once:" if secret else "."), secret
         if action == "make-feed":
             return "The feed's address, shown only once:", f"{page.url}/crashes.atom?token={store.create_feed_token()}"
         if action == "withdraw-feed":
@@ -7095,9 +7095,9 @@ newest or most used release in the last 7 days, halved for each day since the la
     "crashes": "{{!_filter_form(page, fields, parameters)}}" + _table(
         "groups", _GROUP_COLUMN, _COUNT_COLUMN, "Devices", ("30 days", '{{!sparkline(row["days"], "Crashes")}}', ""),
         ("Versions", """{{!text_html(", ".join(_shorten(version, 40) for version in row["versions"][-2:]))}}\
-{{", +{}".format(len(row["versions"]) - 2) if len(row["versions"]) > 2 else ""}}""", ""), "First seen", "Last seen",
-        empty="""No matches. {{!anchor("Show all", "/crashes", days="all")}}, or send one: see
-{{!anchor("Apps", "/apps")}}.""") + _PAGE_LINKS,
+{{", {} more".format(len(row["versions"]) - 2) if len(row["versions"]) > 2 else ""}}""", ""), "First seen", "Last seen",
+        empty="""No matches. {{!anchor("Show all", "/crashes", days="all")}}. To send a first crash,
+see {{!anchor("Apps", "/apps")}}.""") + _PAGE_LINKS,
     "group": """<p><b>{{!text_html(group["exception_type"] if group["place"] else "")}}</b>
 <span class="soft">{{!text_html(report.get("exception_reason", ""), 5000)}}</span></p>
 <dl class="facts">
@@ -7154,7 +7154,7 @@ newest or most used release in the last 7 days, halved for each day since the la
 % end
 """,
     "events": """{{!_filter_form(page, fields, parameters)}}
-<p class="note">{{"The oldest event" if is_session else "The event that arrived last"}} comes first.</p>
+<p class="note">{{"Oldest" if is_session else "Last received"}} first.</p>
 """ + _table(
         "events", ("Event", """{{row["type"]}} <b>{{!text_html(row.get("name", ""), 80)}}</b>
 """ + _APP_NAMES + """
@@ -7174,7 +7174,7 @@ newest or most used release in the last 7 days, halved for each day since the la
 % if next:
 No matches among the {{!value_html(SCANNED_EVENTS)}} events searched. The next page searches older ones.
 % else:
-No matches. {{!anchor("Show all", "/events")}}, or send some: see <code>examples/client.py</code>.
+No matches. {{!anchor("Show all", "/events")}}. To send events, see <code>examples/client.py</code>.
 % end
 """) + _PAGE_LINKS,
     "usage": """<div class="grid tiles">{{!"".join(tiles)}}</div>
@@ -7186,7 +7186,7 @@ No matches. {{!anchor("Show all", "/events")}}, or send some: see <code>examples
 {{!anchor(row["name"][:80] or "(no name)", "/events", type=row["type"], name=row["name"])}}
 <span class="soft">{{row["type"]}}</span>""", "main"),
         ("30 days", '{{!sparkline(row["days"], "Events")}}', ""), _value_column("Events", "count"),
-        empty="No events in 30 days.") + """<p>{{!anchor("All events, one by one", "/events")}}</p></section>
+        empty="No events in 30 days.") + """<p>{{!anchor("All events", "/events")}}</p></section>
 <section><h2>{{!anchor("Adoption, 7 days", "/releases")}}</h2>
 """ + _table("releases", _RELEASE_COLUMN, "Adoption", empty=_NO_RELEASES) + "</section></div>\n",
     "releases": """<p class="note">Sorted by
@@ -7242,7 +7242,7 @@ revoked {{!time_html(row.revoked_at)}}
 % elif row["error"]:
 <span class="problem">{{row["error"]}}, {{!time_html(row["error_at"])}}; {{row["waiting"]}} waiting</span>
 % else:
-{{"{} waiting".format(row["waiting"]) if row["waiting"] else "good"}}
+{{"{} waiting".format(row["waiting"]) if row["waiting"] else "no errors"}}
 % end
 """, ""), ("Change", """{{!form("Test", css="plain", action="test-channel", id=str(row["id"]))}}
 <details><summary>Remove</summary>
@@ -8294,7 +8294,7 @@ class Commands:
         _print_table("ID, CHANNEL, APP, FACTS, LAST SENT, WAITING, STATE", [
             (channel["id"], channel["address"], channel["app"] or "all live apps", channel["kinds"],
              _date(channel["sent_at"]), channel["waiting"],
-             "ended" if channel["ended_at"] else channel["error"] or "good")
+             "ended" if channel["ended_at"] else channel["error"] or "no errors")
             for channel in self.alerts.channels()])
 
     def do_alert_test(self) -> str:
