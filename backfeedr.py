@@ -6482,7 +6482,7 @@ table { border-collapse: collapse; width: 100%; } .list tr { border-bottom: 1px 
 th { text-align: left; font-weight: 400; } thead { overflow-wrap: normal; }
 th, td { padding: 0.4rem 1.2rem 0.4rem 0; vertical-align: top; } :is(th, td):last-child { padding-right: 0; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
-td.number, td.session, .list time { white-space: nowrap; }
+td.number, td.session, .list time { white-space: nowrap; } .actions { align-items: last baseline; }
 :is(dd, h2, .bare) > time::after { content: ", " attr(title); color: var(--soft); font-size: 0.9em; }
 .bars :is(th, td) { padding-block: 0.15rem; } .bars th { color: inherit; font-size: 1em; width: 52%; }
 .bars .number, th.number:first-child { width: 1%; } .own, .hint, pre, .long dd, button { background: var(--tint); }
@@ -6506,8 +6506,6 @@ input, select, button, textarea { font: inherit; color: inherit; border: 1px sol
   padding: 0.3rem 0.6rem; max-width: 100%; } input:not([type=checkbox]), select, button { min-height: 2.5rem; }
 input, select, textarea { background: var(--paper); color: var(--ink); font-size: 1rem; } [type=number] { width: 7rem; }
 label:has([type=checkbox]) { display: inline-flex; flex-direction: row-reverse; gap: 0.4rem; color: inherit; }
-button + label { color: inherit; font-size: inherit; margin-left: -0.9rem; }
-button + label > [name] { display: inline-block; width: 10rem; }
 button, summary { cursor: pointer; } button { white-space: nowrap; } button:hover { border-color: var(--ink); }
 .plain { border: 0; padding: 0; min-height: 0; background: none; } td form { margin-right: 0.8rem; }
 .hint { padding: 0.3rem 1rem 0.8rem; border-left: 3px solid var(--mark); } .key { user-select: all; }
@@ -6587,12 +6585,12 @@ class PageRequest:
         """HTML for a link() with this text."""
         return f'<a href="{escape(self.link(path, **query))}">{text_html(text, 120)}</a>'
 
-    def form_html(self, button: str, *parts: str, after: str = "", css: str = "", path: str = "", **hidden: str) -> str:
+    def form_html(self, button: str, *parts: str, css: str = "", path: str = "", **hidden: str) -> str:
         """HTML for a form that posts to `path`, or to this page: hidden fields, with the token that read_form() checks,
-        then parts in HTML, a button, and HTML after it."""
+        then parts in HTML and a button."""
         fields = "".join(f'<input type="hidden" name="{name}" value="{escape(value)}">'
                          for name, value in {"form_token": self.form_token, **hidden}.items())
-        content = "\n".join([*parts, f'<button class="{css}">{button}</button>', after])
+        content = "\n".join([*parts, f'<button class="{css}">{button}</button>'])
         return f'<form method="post" action="{escape(self.link(path or self.path))}">{fields}\n{content}</form>'
 
     def moved(self, group_hash: str) -> str:
@@ -6999,7 +6997,7 @@ _TRIAGE_SECTION = """<section><h2>{{group["state"].capitalize()}}
 {{!" ".join(anchor(name, page.path, app=name) for name in group_apps)}}</p>
 % else:
 % if group["state"] != "resolved":
-{{!form("Resolve", after=field_html("in version", "fixed_in", next_build), state="resolved")}}
+{{!form("Resolve", field_html("Fixed in version", "fixed_in", next_build), state="resolved")}}
 % end
 {{!form("Reopen", state="open") if group["state"] != "open" else ""}}
 % if group["state"] != "muted":

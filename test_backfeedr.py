@@ -3065,7 +3065,7 @@ def test_a_group_is_triaged_on_its_page(api, person, clock):
     assert "Resolved in 1.2 (48) Reopen" in person.text(path) and "just now resolved in 1.2 (48)" in person.text(path)
     decide(state_form(person.get(path), "open"))
     decide(state_form(person.get(path), "muted"), until="2026-04-01", more_crashes="7", more_devices="2")
-    assert "Muted Resolve in version Reopen Comment" in person.text(path)
+    assert "Muted Fixed in version Resolve Reopen Comment" in person.text(path)
     assert history_of(api.server)[-1] == (
         "muted", "until 2026-04-01T00:00:00Z or for 7 more crashes or for 2 more devices")
     decide(state_form(person.get(path), "resolved"), fixed_in="")
@@ -7759,7 +7759,7 @@ def test_a_group_whose_crashes_have_expired_has_its_history_and_can_change_its_s
     assert re.search(f"{'SIGABRT' if days_later < 7 else ABORTS} - backfeedr", text)
     for expected in ("Resolved Reopen Mute", "Crashes 0 Devices -", "commented It was the cart.", "have expired"):
         assert expected in text
-    for form, state in (("open", "Open Resolve"), ("muted", "Muted Resolve"), ("open", "Open Resolve")):
+    for form, state in (("open", "Open Fixed"), ("muted", "Muted Fixed"), ("open", "Open Fixed")):
         answer = send(state_form(person.get(path), form))
         assert state in person.text(urlsplit(answer.headers["Location"]).path)
     for query in ("?report=" + id, "?report=0000000000000000"):
