@@ -6988,37 +6988,6 @@ _PAGE_LINKS = """<p class="actions">
 {{!anchor("First page", page.path, **{**parameters, "cursor": None}) if "cursor" in parameters else ""}}
 {{!anchor("Next page", page.path, **{**parameters, "cursor": next}) if next else ""}}</p>
 """
-_TRIAGE_SECTION = """<section><h2>{{group["state"].capitalize()}}
-{{"in " + group["fixed_in"] if group["fixed_in"] and group["state"] == "resolved" else ""}}
-{{!"- regressed " + value_html(group["regressed_at"]) if group["regressed_at"] and group["state"] == "open" else ""}}
-</h2><div class="actions">
-% if len(group_apps) > 1:
-<p class="note">Several apps have this crash. Choose one to change its state there:
-{{!" ".join(anchor(name, page.path, app=name) for name in group_apps)}}</p>
-% else:
-% if group["state"] != "resolved":
-{{!form("Resolve", field_html("Fixed in version", "fixed_in", next_build), state="resolved")}}
-% end
-{{!form("Reopen", state="open") if group["state"] != "open" else ""}}
-% if group["state"] != "muted":
-<details><summary>Mute</summary>
-<p class="note">Without a condition, it stays muted until somebody reopens it.</p>
-% until = field_html("Until", "until", more='type="date" min="{}"'.format(iso_day(page.now // DAY + 1)))
-% more_crashes = field_html("or for this many more crashes", "more_crashes", more='type="number" min="1"')
-% more_devices = field_html("devices", "more_devices", more='type="number" min="1"')
-{{!form("Mute", until, more_crashes, more_devices, state="muted")}}
-</details>
-% end
-% comment = '<textarea name="comment" aria-label="Comment" rows="3" cols="60" maxlength="5000" required></textarea>'
-<details><summary>Comment</summary>{{!form("Add comment", comment)}}</details>
-% end
-</div>
-% for n, entry in enumerate(reversed(group["history"])):
-{{!"<details><summary>Earlier</summary>" if n == 3 else ""}}
-<p class="note">{{!value_html(entry["at"])}} <b>{{entry["what"]}}</b> {{!text_html(entry["detail"] or "", 5000)}}</p>
-% end
-{{!"</details>" if group["history"][3:] else ""}}</section>
-"""
 
 
 # == Templates =================================================================
@@ -7108,7 +7077,36 @@ see {{!anchor("Apps", "/apps")}}.""") + _PAGE_LINKS,
 <div><dt>Versions</dt><dd>{{!text_html(first_to_last or "-", 100)}}</dd></div>
 <div><dt>Group</dt><dd><code>{{group["group_hash"]}}</code></dd></div>
 <div><dt>Export</dt><dd>{{!anchor("text", page.path + ".txt")}} {{!anchor("Markdown", page.path + ".md")}}</dd></div>
-</dl>""" + _TRIAGE_SECTION + """\
+</dl><section><h2>{{group["state"].capitalize()}}
+{{"in " + group["fixed_in"] if group["fixed_in"] and group["state"] == "resolved" else ""}}
+{{!"- regressed " + value_html(group["regressed_at"]) if group["regressed_at"] and group["state"] == "open" else ""}}
+</h2><div class="actions">
+% if len(group_apps) > 1:
+<p class="note">Several apps have this crash. Choose one to change its state there:
+{{!" ".join(anchor(name, page.path, app=name) for name in group_apps)}}</p>
+% else:
+% if group["state"] != "resolved":
+{{!form("Resolve", field_html("Fixed in version", "fixed_in", next_build), state="resolved")}}
+% end
+{{!form("Reopen", state="open") if group["state"] != "open" else ""}}
+% if group["state"] != "muted":
+<details><summary>Mute</summary>
+<p class="note">Without a condition, it stays muted until somebody reopens it.</p>
+% until = field_html("Until", "until", more='type="date" min="{}"'.format(iso_day(page.now // DAY + 1)))
+% more_crashes = field_html("or for this many more crashes", "more_crashes", more='type="number" min="1"')
+% more_devices = field_html("devices", "more_devices", more='type="number" min="1"')
+{{!form("Mute", until, more_crashes, more_devices, state="muted")}}
+</details>
+% end
+% comment = '<textarea name="comment" aria-label="Comment" rows="3" cols="60" maxlength="5000" required></textarea>'
+<details><summary>Comment</summary>{{!form("Add comment", comment)}}</details>
+% end
+</div>
+% for n, entry in enumerate(reversed(group["history"])):
+{{!"<details><summary>Earlier</summary>" if n == 3 else ""}}
+<p class="note">{{!value_html(entry["at"])}} <b>{{entry["what"]}}</b> {{!text_html(entry["detail"] or "", 5000)}}</p>
+% end
+{{!"</details>" if group["history"][3:] else ""}}</section>
 % if not report:
 <p class="empty">The crashes in this group have expired. Its state and history remain.</p>
 % else:
