@@ -1338,7 +1338,8 @@ def _metrickit_diagnostic(kind: str, item: JsonObject, environment: JsonObject) 
         return None
     duration = next((name for name in DURATIONS if meta.get(name)), "")
     known = {"duration": meta.pop(duration, None), "build_number": columns.pop("build_number"), "stack_trace": trace}
-    properties = {**meta, **{name: value for name, value in known.items() if value not in (None, "", [])}}
+    known = {name: value for name, value in known.items() if value not in (None, "", [])}
+    properties = {**known, **meta, **known}  # what is known comes first
     words = re.sub("(?<=[a-z0-9])([A-Z])", r" \1", kind[:-len("Diagnostic")][:MAX_TEXT])  # gpuHang: "Gpu hang"
     name = EVENT_NAMES.get(kind, words.capitalize())
     return parse_event, {**columns, "type": "error", "name": name, "properties": properties}
@@ -1575,6 +1576,8 @@ def _read_diagnostics(text: str) -> Iterable[Diagnostic]:
     if problem or bug_type:
         if "Exception Type:" in text:  # but not at the start of a line
             problem = "a .crash file without its line ends; curl keeps them with --data-binary"
+        elif text.lstrip()[0] not in "{[":
+            problem = "the body is neither a MetricKit payload nor an .ips or .crash file"
         raise Refusal(UNKNOWN_FORMAT, detail="an .ips file whose body cannot be read" if bug_type else problem)
     return _metrickit_diagnostics(objects[0])
 
@@ -2488,17 +2491,22 @@ class SeenReleases:
             where {APP_FILTER} and day between :first and :last
             group by {columns}""", self._parameters)}
 
+    @cached_property
+    def _sums(self) -> dict[Row, Row]:
+        """The sums of each release, by app_id and version."""
+        return {row[:2]: row[2:] for row in self._db.execute(
+            f"select * from release_sums where {APP_FILTER}", self._parameters)}
+
     def latest(self) -> Iterator[JsonObject]:
         """The latest 100 releases, the last to appear first, as the API shows them."""
         latest = sorted(self._releases, key=itemgetter(2), reverse=True)[:100]  # by first_seen
-        keys, names = [release[:2] for release in latest], dict(self._db.execute("select id, name from apps"))
+        names = dict(self._db.execute("select id, name from apps"))
         of_release = self._sessions("release_days", "app_id, app_version")
         of_app, verdicts = self._sessions("session_days", "app_id"), self.verdicts(
             {release[:2] for release in latest if release[2] > self._now - HEALTH_DAYS * DAY})  # more would take long
-        sums = {row[:2]: row[2:] for row in rows_of(self._db, QUERIES_BY_KEY["release_sums"], keys)}
         for app_id, version, first_seen, last_seen in latest:
             key = app_id, version
-            sessions, crashed_sessions, crashes, devices, crashed_devices = sums.get(key, [0] * 5)
+            sessions, crashed_sessions, crashes, devices, crashed_devices = self._sums.get(key, [0] * 5)
             yield {"app": names[app_id], "app_version": version, "sessions": sessions, "crashes": crashes,
                    "crashed_sessions": crashed_sessions,
                    "crash_free_sessions": crash_free_rate(crashed_sessions or crashes, sessions) if sessions else None,
@@ -2527,8 +2535,7 @@ class SeenReleases:
         """Each release of `wanted`, by app_id and version, with its previous one: the highest lower version that was
         seen earlier, if possible on a tenth as many devices. So no old version that comes late hides others, nor one
         that is no release (99.0), that was withdrawn, or that only testers had."""
-        devices_of = {(app_id, version): devices for app_id, version, devices in self._db.execute(
-            f"select app_id, app_version, devices from release_sums where {APP_FILTER}", self._parameters)}
+        devices_of = defaultdict(int, {key: devices for key, (_, _, _, devices, _) in self._sums.items()})
         pairs, earlier = [], defaultdict[int, list[Row]](list)  # the releases of each app that came before, by version
         for app_id, version, first_seen, _ in sorted(
                 self._releases, key=lambda release: (release[2], version_key(release[1]), release[1])):
@@ -2536,9 +2543,9 @@ class SeenReleases:
                 release, lower = (version_key(version), version, first_seen), earlier[app_id]
                 n = bisect_left(lower, release)
                 if n and (app_id, version) in wanted:
-                    least = devices_of.get((app_id, version), 0) / 10
-                    previous = next((other for other in reversed(lower[:n])
-                                     if devices_of.get((app_id, other[1]), 0) >= least), lower[n - 1])
+                    least = devices_of[app_id, version] / 10
+                    previous = next((other for other in reversed(lower[:n]) if devices_of[app_id, other[1]] >= least),
+                                    lower[n - 1])
                     pairs.append(ReleasePair(app_id, version, first_seen, *previous[1:]))
                 lower.insert(n, release)
         return pairs
@@ -5107,8 +5114,9 @@ def check_address(url: str) -> None:
     """Raises StoreError if nothing can be sent to an address."""
     with suppress(ValueError):  # from urlsplit() or .port
         parts = urlsplit(url)
-        if parts.scheme in ("https", "http") and parts.hostname in _CHAT_ADDRESSES:
-            raise StoreError(f"{parts.hostname} needs an address like {_CHAT_ADDRESSES[parts.hostname]}")
+        is_bad_discord = "discord" in (parts.hostname or "") and not parts.path.endswith("/slack")
+        if parts.hostname in _CHAT_ADDRESSES and (parts.scheme in ("https", "http") or is_bad_discord):
+            raise StoreError(f"give {_CHAT_ADDRESSES[parts.hostname]} as the address for {parts.hostname}")
         is_url = re.fullmatch("[!-~]+", url) and parts.netloc
         if is_url and parts.scheme not in CHANNELS:
             _apprise_sender(url)
@@ -5781,8 +5789,8 @@ class GroupMetrics(PublicMetrics):
             first = rows[:SCORED_GROUPS] + by_devices[:SCORED_GROUPS]  # crashes alone say little: one device may loop
             current = SeenReleases(db, app_id, self._store.now).current()
             for row in first:
-                row["current"] = [version for id, version in current if id == row["app_id"]]
-                newest, *_, most_used = (row["current"] or [None]) * 2
+                versions = [version for id, version in current if id == row["app_id"]]
+                newest, *_, most_used = (versions or [None]) * 2
                 row["devices"], row["of_current"] = db.execute(f"""
                     select count(distinct device_id_hash),
                         count(distinct case when app_version in (:newest, :most_used) then device_id_hash end)
@@ -5790,6 +5798,7 @@ class GroupMetrics(PublicMetrics):
                     where app_id = :app_id and group_hash = :group_hash and {RECEIVED_AT} >= :since
                         and {COUNTED_AT} / {DAY} between :first and :last
                     """, {**parameters, **row, "newest": newest, "most_used": most_used}).fetchone()
+                row["has_release"] = bool(versions)
                 row["score"] = row["of_current"] * 0.5 ** (max(0, self._store.now - row["last_seen"]) / DAY)
             first.sort(key=itemgetter("score", "devices", "count"), reverse=True)
             shown = {name: [{**_group_json(group), "is_new": group["came_at"] >= since}
@@ -6435,12 +6444,14 @@ def build_name(build: JsonObject) -> str:
     return f"{build['binary'] or 'a build'} {with_build(build['app_version'], build['build_number'])}".rstrip()
 
 
-def _event_details(event: JsonObject) -> str:
-    """The first twenty properties and unknown fields of an event, without a stack trace."""
+def _event_details(event: JsonObject, length: int = 100) -> str:
+    """The first twenty properties and unknown fields of an event, without a stack trace, the short ones first. Each has
+    up to `length` characters."""
     hidden = ("stack_trace", "raw_stack_trace") if _trace_rows(event) else ()
     fields = {**event.get("properties", {}), **event.get("extra", {})}
-    return ", ".join(f"{name}: {_shorten(_json_text(value), 100)}"
-                     for name, value in list(fields.items())[:20] if name not in hidden)
+    in_order = sorted(fields.items(), key=lambda item: type(item[1]) in (dict, list))
+    return ", ".join(f"{name}: {_shorten(_json_text(value), length)}" for name, value in in_order[:20]
+                     if name not in hidden)
 
 
 def _json_text(value: Any) -> str:
@@ -6976,8 +6987,8 @@ _GROUP_COLUMN = ("Crash", """{{!anchor(_group_title(row), "/crashes/" + row["gro
 % brief = (page.app_names(row), row["exception_type"] if row["place"] else "", row["exception_reason"])
 <span class="brief soft">{{!": ".join(text_html(text) for text in brief if text)}}</span>""", "main")
 _SCORED_DEVICES_COLUMN = ("Devices", """{{!value_html(row["devices"])}} <small>
-% if row["current"] and row["of_current"] != row["devices"]:
-({{!value_html(row["of_current"])}} in {{", ".join(_shorten(version, 12) for version in row["current"])}})
+% if row["has_release"] and row["of_current"] != row["devices"]:
+({{!value_html(row["of_current"])}} current)
 % end
 </small>""", "number")
 _RELEASE_COLUMN = ("Version", """
@@ -7053,8 +7064,8 @@ _TEMPLATES = {name: bottle.SimpleTemplate(source) for name, source in {
 """ + _table("new", _GROUP_COLUMN, _COUNT_COLUMN, "Last seen", empty="No new or regressed crashes.") + """
 </section><section><h2>{{!anchor("To fix first", "/crashes", days=7)}}</h2>
 """ + _table("first", _GROUP_COLUMN, _SCORED_DEVICES_COLUMN, _COUNT_COLUMN, "Last seen",
-                    empty="No crashes in the last 7 days.", note="""Ranked by the number of devices that crashed in the
-newest or most used release in the last 7 days, halved for each day since the last crash.""") + """</section></div>
+                    empty="No crashes in the last 7 days.", note="""Ranked by the devices that crashed in a current
+release (the newest or most used) in the last 7 days, halved for each day since then.""") + """</section></div>
 <div class="grid tiles">{{!"".join(tiles)}}</div>
 <div class="grid"><section><h2>Crashes by type, 30 days</h2>{{!bar_chart(types)}}</section>
 <section><h2>Crashes by model, 30 days</h2>{{!bar_chart(devices)}}</section></div>
@@ -7154,7 +7165,7 @@ see {{!anchor("Apps", "/apps")}}.""") + _PAGE_LINKS,
 """ + _table(
         "events", ("Event", """{{row["type"]}} <b>{{!text_html(row.get("name", ""), 80)}}</b>
 """ + _APP_NAMES + """
-% text, frames = _event_details(row), _trace_rows(row)
+% text, frames = _event_details(row, 3000), _trace_rows(row)
 % if frames or len(text) > 100:
 <details><summary class="brief">{{!text_html(text or "Stack trace", 5000)}}</summary>{{!trace_html(frames)}}</details>
 % else:
