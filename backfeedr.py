@@ -7064,8 +7064,8 @@ _TEMPLATES = {name: bottle.SimpleTemplate(source) for name, source in {
 """ + _table("new", _GROUP_COLUMN, _COUNT_COLUMN, "Last seen", empty="No new or regressed crashes.") + """
 </section><section><h2>{{!anchor("To fix first", "/crashes", days=7)}}</h2>
 """ + _table("first", _GROUP_COLUMN, _SCORED_DEVICES_COLUMN, _COUNT_COLUMN, "Last seen",
-                    empty="No crashes in the last 7 days.", note="""Ranked by the devices that crashed in a current
-release (the newest or most used) in the last 7 days, halved for each day since then.""") + """</section></div>
+                    empty="No crashes in the last 7 days.", note="""Ranked by devices that crashed in a current
+release (newest or most used) in the last 7 days, halved for each day since the last crash.""") + """</section></div>
 <div class="grid tiles">{{!"".join(tiles)}}</div>
 <div class="grid"><section><h2>Crashes by type, 30 days</h2>{{!bar_chart(types)}}</section>
 <section><h2>Crashes by model, 30 days</h2>{{!bar_chart(devices)}}</section></div>
