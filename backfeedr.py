@@ -452,7 +452,7 @@ COUNTED_AT = (f"case when occurred_at - clock_ahead_ms between {EARLIEST_PLAUSIB
               f" then occurred_at - clock_ahead_ms else {RECEIVED_AT} end")  # counted_at in SQL
 
 
-def first_seq(received_at: int) -> int:
+def seq_at(received_at: int) -> int:
     """The lowest seq of a millisecond."""
     return received_at << SEQ_BITS
 
@@ -460,7 +460,7 @@ def first_seq(received_at: int) -> int:
 def random_seq(received_at: int) -> int:
     """A seq of a millisecond, random so that different files have different ids. It is in the lower half: so the
     reports of a commit seldom run into the next millisecond."""
-    return first_seq(received_at) + secrets.randbits(SEQ_BITS - 1)
+    return seq_at(received_at) + secrets.randbits(SEQ_BITS - 1)
 
 
 def crash_id(seq: int) -> str:
@@ -1626,7 +1626,7 @@ def verify(key: bytes, timestamp: bytes, signature: bytes, body: bytes, now: int
 # The times of each key's latest requests. A counter per minute would be smaller, but would allow twice the limit around
 # the turn of a minute. At most `limit` times are kept for a key, and only existing keys get here.
 
-REQUEST_SECONDS = 0.1  # of CPU: a request counts once more for each, if it takes so long to decode
+CPU_SECONDS_PER_REQUEST = 0.1  # of CPU: a request counts once more for each, if it takes so long to decode
 
 
 class RateLimiter:
@@ -1656,7 +1656,7 @@ class RateLimiter:
     def charge(self, key: bytes, seconds: float) -> None:
         """Counts an allowed request again if it took long to decode, in seconds of CPU: a few that are made to take
         long would otherwise keep out the reports of other apps."""
-        if again := int(seconds / REQUEST_SECONDS):
+        if again := int(seconds / CPU_SECONDS_PER_REQUEST):
             with self._lock:
                 times = self._times[key]
                 times.extend([self._clock()] * min(again, self.limit - len(times)))
@@ -3246,7 +3246,8 @@ def _find_reopening(db: Any, now: int, decision: Decision, crashes: list[Any], d
                           for crash in reversed(crashes)}
         return next((("regressed", crash) for crash in sorted(first_of_build.values())
                      if _is_regression(db, decision, crash)), None)
-    until, crashes_left, devices_left = (limit or MAX_NUMBER for limit in decision[3:6])
+    until, crashes_left, devices_left = (
+        limit or MAX_NUMBER for limit in (decision.until, decision.crashes_left, decision.devices_left))
     if now > until or crashes_left <= len(crashes):
         return "unmuted", crashes[0 if now > until else crashes_left - 1]
     return ("unmuted", crashes[-1]) if devices_left <= devices else None
@@ -3362,8 +3363,8 @@ class Connection(sqlite3.Connection):
 
     def reserve_seqs(self, now: int, count: int, known: KnownRows) -> int:
         """Reserves `count` consecutive seqs that were never given before; returns the first."""
-        limit = first_seq(now + DAY)  # higher ones were given while the clock was fast
-        if not known.given or abs(limit - known.given[2]) > first_seq(HOUR):  # the clock was set, or time passed
+        limit = seq_at(now + DAY)  # higher ones were given while the clock was fast
+        if not known.given or abs(limit - known.given[2]) > seq_at(HOUR):  # the clock was set, or time passed
             known.given = *self.execute("""
                 select coalesce(max(seq), 0), (select min(first) from given_seqs where last >= :limit) from (
                     select max(seq) as seq from crashes where seq < :limit
@@ -3379,7 +3380,7 @@ class Connection(sqlite3.Connection):
         if not self.execute("""
                 update given_seqs set last = ? where first = (
                     select max(first) from given_seqs where last between ? and ?)
-                """, (first + count - 1, first - first_seq(DAY), first)).rowcount:
+                """, (first + count - 1, first - seq_at(DAY), first)).rowcount:
             self.execute("insert into given_seqs values (?, ?)", (first, first + count - 1))
         known.given = first + count - 1, next_range, asked_limit
         return first
@@ -4211,7 +4212,7 @@ class Deletion(Apps):
     @property
     def _first_kept_seq(self) -> int:
         """The lowest seq within the retention."""
-        return first_seq(self.now - self.retention_days * DAY) if self.retention_days else 0
+        return seq_at(self.now - self.retention_days * DAY) if self.retention_days else 0
 
     def _delete_due(self, db: Connection, size: int) -> Counter[str]:
         """Deletes expired reports; else rows of a deleted app; else, if the database is too large, other reports."""
@@ -4790,7 +4791,7 @@ class Store(SymbolStore):
                 {", ".join("reports." + field for field in kind._fields)}
             from {TABLES[kind]} as reports cross join apps on apps.id = app_id
             where seq > ? and seq <= ? order by seq limit ?
-            """, min(max(0, first_seq(since)), MAX_NUMBER) - 1, self._last_seq(kind))
+            """, min(max(0, seq_at(since)), MAX_NUMBER) - 1, self._last_seq(kind))
         for seq, name, is_test, received_at, ahead_ms, *values in chain.from_iterable(pages):
             if app in (None, name) and received_at >= since:
                 yield StoredReport(seq, name, bool(is_test), received_at, ahead_ms, kind._make(values))
@@ -5628,7 +5629,7 @@ STORED_GROUP_COUNTS = f"""
     where {APP_FILTER} and {_HAS_TEXT} and (crashes > 0 or {_LISTED_WITHOUT_CRASHES})
     union all select app_id, group_hash, 0, 0, 0, 0 from triage
     where {APP_FILTER} and :text is null and {_LISTED_WITHOUT_CRASHES}"""
-IS_COUNTED = f"""{RECEIVED_AT} >= :since and (:version is null or substr(app_version, 1, :length) = :version)
+IS_LISTED = f"""{RECEIVED_AT} >= :since and (:version is null or substr(app_version, 1, :length) = :version)
         and (:first is null or {COUNTED_AT} / {DAY} between :first and :last)"""  # the crashes that a list counts
 FILTERED_GROUP_COUNTS = f"""
     select known.app_id, known.group_hash, count(*) as crashes, count(distinct device_id_hash) as devices,
@@ -5636,7 +5637,7 @@ FILTERED_GROUP_COUNTS = f"""
     from (select app_id, group_hash, came_at from groups where {APP_FILTER} and last_seen >= :since
         and {_HAS_TEXT} and (:candidates is null or instr(:candidates, group_hash))) as known
     cross join crashes on crashes.app_id = known.app_id and crashes.group_hash = known.group_hash
-    where {IS_COUNTED}
+    where {IS_LISTED}
     group by known.app_id, known.group_hash"""
 
 
@@ -5701,7 +5702,7 @@ class GroupMetrics(PublicMetrics):
         """The groups with the most crashes on these days, separated by spaces: figures find them faster than a scan of
         crashes. None if the two may differ: crashes have expired, or sums were deleted while a clock was fast."""
         sums, expected = (sums_per_day(db, app_id, days, table, "crashes") for table in ("group_days", "crash_days"))
-        if last_deleted_seq(db) >= first_seq(days[0] * DAY - MAX_SKEW) or sums != expected:
+        if last_deleted_seq(db) >= seq_at(days[0] * DAY - MAX_SKEW) or sums != expected:
             return None
         return " ".join(group["group_hash"] for group in Groups.most_frequent(db, app_id, days, limit))
 
@@ -5712,7 +5713,7 @@ class GroupMetrics(PublicMetrics):
         is_new = (group["came_at"] or 0) >= parameters["week"] if version is None else first == version
         versions = [app_version for app_version, in db.execute(f"""
             select app_version from crashes
-            where {IN_GROUP} and app_version is not null and {IS_COUNTED}
+            where {IN_GROUP} and app_version is not null and {IS_LISTED}
             group by app_version
             order by count(*) desc, app_version
             limit {MAX_VERSIONS}""", parameters)]
@@ -5849,7 +5850,7 @@ class GroupMetrics(PublicMetrics):
             for group in groups:
                 parameters["group"] = group
                 counts = dict(db.execute(f"""
-                    select {COUNTED_AT} / {DAY} as day, count(*) from crashes where {IN_GROUP} and {IS_COUNTED}
+                    select {COUNTED_AT} / {DAY} as day, count(*) from crashes where {IN_GROUP} and {IS_LISTED}
                     group by day""", parameters))
                 apps = db.execute(f"select name from apps where id in ({APPS_OF_GROUP}) order by name", parameters)
                 answer[group] = {"days": [counts.get(day, 0) for day in shown_days], "apps": [name for name, in apps]}
@@ -5890,7 +5891,7 @@ def _group_json(group: JsonObject) -> JsonObject:
 
 
 def _version_filter(version: str | None) -> JsonObject:
-    """The version in the parameters of IS_COUNTED. A version that ends with * stands for all that begin like it."""
+    """The version in the parameters of IS_LISTED. A version that ends with * stands for all that begin like it."""
     if version and version.endswith("*"):
         return {"version": version[:-1], "length": len(version) - 1}
     return {"version": version, "length": MAX_TEXT}
@@ -8047,7 +8048,7 @@ def _parse_exported(line: bytes) -> StoredReport:
         raise Refusal("invalid received_at") from None
     match = re.fullmatch("(evt_)?([0-7][0-9a-f]{15})", id)
     # A seq is never before its time of receipt, and after it only if the server's clock was set back: perhaps by years.
-    if not match or not first_seq(received_at) <= int(match[2], 16) < first_seq(received_at + 3650 * DAY):
+    if not match or not seq_at(received_at) <= int(match[2], 16) < seq_at(received_at + 3650 * DAY):
         raise Refusal("invalid id")
     report: Any = (parse_event if match[1] else parse_crash)({**extra, **values})
     if "truncated" in extra and is_trace_cut(to_json(extra)) and re.fullmatch("[0-9a-f]{16}", str(group)):
@@ -8144,7 +8145,7 @@ def _wrong_tables(db: sqlite3.Connection, expired: int) -> list[str]:
     row_tables = re.findall(r"create table (\w+)", "".join(figure.TABLES for figure in FIGURES))
     queries = [(table, query) for table, sums in SUMS.items() for query in _wrong_sums(table, sums, expired)]
     queries += [(table, _wrong_rows(table)) for table in row_tables if table != "medians"]  # a cache
-    settled = expired + first_seq(HOUR) if expired else 0  # devices that were last seen before may be gone already
+    settled = expired + seq_at(HOUR) if expired else 0  # devices that were last seen before may be gone already
     wrong = [name for name, query in queries if db.execute(query + " limit 1", {"settled": settled}).fetchone()]
     return list(dict.fromkeys(wrong))
 

@@ -3913,7 +3913,7 @@ def test_each_report_of_an_import_counts_on_its_own_day(server, reports, counted
         received, occurred = (DAY * (today - 30 + day) for day in (received, occurred))
         report = parse_crash(crash_at(occurred)) if kind == "crash" else parse_event({**EVENT, "occurred_at": occurred})
         stored_reports.append(backfeedr.StoredReport(
-            backfeedr.first_seq(received) + n, "default", False, received, ahead * DAY, report))
+            backfeedr.seq_at(received) + n, "default", False, received, ahead * DAY, report))
     server.store.import_(stored_reports)
     assert sql(server, f"select day - {today - 30} from {table} order by day") == [(day,) for day in counted_days]
     check_database(server)
@@ -4143,7 +4143,7 @@ def test_no_id_is_given_twice_after_any_clock_changes_and_deletions(keeping, clo
     for days in (0, 10, 0, 1, 9.5, 10, 10, 11, 3, 10, 4000, 12, 4000, 13):
         clock.seconds = start + days * A_DAY
         new = [*add(server, 3, device_id_hash="d").seqs, *add(server, 3, type="custom", device_id_hash="d").seqs]
-        assert max(new) < backfeedr.first_seq(server.store.now + 2000 * A_DAY), "a fast clock has no lasting effect"
+        assert max(new) < backfeedr.seq_at(server.store.now + 2000 * A_DAY), "a fast clock has no lasting effect"
         ids += new
         if deletes:
             server.store.forget_device("d")
@@ -11471,8 +11471,8 @@ def test_hosts_give_no_id_twice_even_if_a_clock_is_days_ahead_and_all_reports_ar
         clocks[host].seconds = Clock().seconds + days * 86400 + (0 if days else number / 1000)
         for _ in range(2):
             given += stores[host].add(KEY_HASH, [parse_event(EVENT)] * 3).seqs
-            first = backfeedr.first_seq(stores[host].now)
-            assert first <= given[-3] < given[-1] < first + backfeedr.first_seq(2), "an id tells the time of receipt"
+            first = backfeedr.seq_at(stores[host].now)
+            assert first <= given[-3] < given[-1] < first + backfeedr.seq_at(2), "an id tells the time of receipt"
         sql_run(url, "delete from events")
     for store in stores:
         store.close()

@@ -92,7 +92,7 @@ create sequence fast_first minvalue 0;
 create sequence fast_last minvalue 0;
 create function next_seqs(lowest bigint, count bigint) returns bigint language plpgsql as $$
 declare
-    a_day constant bigint := {backfeedr.first_seq(backfeedr.DAY)};
+    a_day constant bigint := {backfeedr.seq_at(backfeedr.DAY)};
     first bigint := lowest;
     last bigint; line bigint; from_fast bigint; to_fast bigint;
 begin
@@ -433,7 +433,7 @@ class PostgresLimiter(backfeedr.RateLimiter):
 
     def charge(self, key: bytes, seconds: float) -> None:
         """Counts an allowed request again if it took long to decode."""
-        if again := int(seconds / backfeedr.REQUEST_SECONDS):
+        if again := int(seconds / backfeedr.CPU_SECONDS_PER_REQUEST):
             self._ask("""
                 update rates set times = times || array_fill(
                     times[cardinality(times)], array[least(:again, :limit - cardinality(times))::integer])
