@@ -738,7 +738,7 @@ JsonObject = dict[str, Any]
 
 
 def decode_json(body: bytes) -> JsonObject:
-    """The JSON object in a body. Raises Refusal unless it is an object in UTF-8 whose numbers are finite."""
+    """The JSON object in a body. Raises Refusal unless it is a UTF-8 object of finite numbers that is not too deep."""
     try:
         value = _DECODER.decode(not_deep(decode_text(body)))
     except ValueError as error:
@@ -1641,7 +1641,7 @@ class RateLimiter:
         self._lock = threading.Lock()
 
     def allow(self, key: bytes) -> bool:
-        """Whether the key may send a request now. A refused request does not count."""
+        """Counts a request if the key may send it now; returns whether it may."""
         if not self.limit:
             return True
         with self._lock:
@@ -2592,7 +2592,7 @@ class Session(NamedTuple):
 
     @property
     def duration(self) -> int | None:
-        """Milliseconds. None if start or end is unknown, or if the end is before the start or a day after it."""
+        """Milliseconds. None if start or end is unknown, or if the end is before the start or over a day after it."""
         length = (self.ended_at or 0) - (self.started_at or 0)
         return length if self.started_at and self.ended_at and 0 <= length <= DAY else None
 
@@ -3744,7 +3744,7 @@ class Database(Closing):
 
     @property
     def size(self) -> int:
-        """The size of the database, in bytes."""
+        """The size of the database without its WAL, in bytes."""
         return self.path.stat().st_size
 
     def used_size(self, db: Connection) -> int:
@@ -3945,7 +3945,7 @@ class Apps(Database):
         return is_active
 
     def create_app(self, name: str, is_test: bool = False) -> str:
-        """Creates an app; returns its first key, of which only the hash is stored. Raises StoreError for a bad name."""
+        """Creates an app; returns its first key, stored only as a hash. Raises StoreError for a bad or taken name."""
         with self.writing() as db:
             self._insert_app(db, name, is_test)
             return self._insert_key(db, name, new_key(is_test))
@@ -4696,8 +4696,8 @@ class Store(SymbolStore):
     def add(self, key_hash: bytes, reports: Reports, idempotency: Idempotency | None = None) -> Receipt:
         """Stores reports, all or none, in the app of the key with this SHA-256. Returns when they are durable. If
         `idempotency` shows that the request was stored before, stores nothing and returns the first receipt. Raises
-        Refusal if an Idempotency-Key is reused for another request, or if the key is not active at the time of the
-        commit; StorageUnavailable also if too many requests wait already."""
+        ValueError without reports; Refusal if an Idempotency-Key is reused for another request, or if the key is not
+        active at the time of the commit; StorageUnavailable also if too many requests wait already."""
         if not reports:
             raise ValueError("no reports")
         submission = Submission(key_hash, reports, idempotency or Idempotency())
@@ -4782,7 +4782,7 @@ class Store(SymbolStore):
 
     def export(self, kind: type[Any], app: str | None = None, since: int = 0) -> Iterator[StoredReport]:
         """The stored reports of a kind, Crash or Event, in the order of their seqs: of all apps or of one, received at
-        `since` or later. Reports that arrive meanwhile are left out. Raises StoreError if there is no such app."""
+        `since` (in ms) or later. Leaves out reports that arrive meanwhile. Raises StoreError for an unknown app."""
         with self.reading() as db:
             if app is not None:
                 self.find_app(db, app)
@@ -5452,11 +5452,11 @@ class PublicMetrics:
         return {"labels": ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"], "data": [counts[n] for n in range(7)]}
 
     def crash_types(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """The crashes of the 100 most frequent exception types."""
+        """The crashes of the 100 most frequent exception types: of the last `days`, or all that are stored."""
         return self._most_frequent(app, days, "exception_type", 100)
 
     def devices(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """The crashes of the ten most frequent device models."""
+        """The crashes of the ten most frequent device models: of the last `days`, or all that are stored."""
         return self._most_frequent(app, days, "device_model", 10)
 
     def _most_frequent(self, app: str | None, days: int | None, field: str, limit: int) -> JsonObject:
@@ -5508,7 +5508,7 @@ class PublicMetrics:
                                  for ms, ended in zip(sums["session_ms"], sums["ended"])]}
 
     def event_names(self, app: str | None = None, days: int | None = None) -> JsonObject:
-        """The events of each UTC day by name, for the 50 most frequent names."""
+        """The events of each UTC day, for the 50 most frequent pairs of name and type."""
         shown = self._last_days(days or 30)
         with self._snapshot(app) as (db, app_id):
             parameters = {"app": app_id, "first": shown[0], "last": shown[-1]}
@@ -5660,7 +5660,7 @@ class GroupMetrics(PublicMetrics):
                text: str | None = None, state: str | None = None, sort: str | None = None, limit: int = 50,
                cursor: str | None = None) -> JsonObject:
         """The groups of stored crashes, by number of crashes or as `sort` says. `version` may end with *. `text` is
-        searched for in what the list shows, and in the app's own symbols and files of the latest crash. `state` is one
+        searched for in type and hash, and in the reason, own symbols and files of the latest crash. `state` is one
         of STATE_CONDITIONS; without `version` or `days`, resolved, muted and regressed groups need no stored crash. A
         group `is_new` if first seen in `version`, or without a version, first received within 7 days."""
         if state not in STATE_CONDITIONS:
@@ -7292,10 +7292,10 @@ class Backfeedr(Closing):
     """The server as a WSGI callable, for any mount point.
 
     `Backfeedr(db_path="crashes.db")` takes other settings from the environment, `Backfeedr(Settings(...))` does not.
-    Raises SettingsError and StoreError. Close it, or use it as a context manager. `.store` is for keys, `.metrics`
-    for questions. `clock` returns seconds since 1970. A new database gets an app and an admin token: `announce` is
-    called once, with a text that shows the operator the app's key and the token. A `store` replaces the settings' file,
-    and is closed with the server. A `limiter` replaces the RateLimiter, which counts only what this process gets.
+    Raises SettingsError, StoreError, and StorageUnavailable if the database is locked. Close it, or use it as a context
+    manager. `.store` is for keys, `.metrics` for questions. `clock` returns seconds since 1970. A new database gets an
+    app and an admin token: `announce` is called once, with a text that shows the operator the app's key and the token.
+    A `store` replaces the settings' file; it is closed with the server. A `limiter` may count for several processes.
     """
 
     # By path: the parser of a body, which also gets the time and the header's device; and the answer to stored reports.
@@ -8057,8 +8057,8 @@ def _parse_exported(line: bytes) -> StoredReport:
 
 
 def import_jsonl(store: Store, lines: Iterable[bytes]) -> Counter[str]:
-    """Stores what write_jsonl() wrote; returns the sum of the counts of Store.import_(). Raises StoreError with the
-    number of the first bad line, after storing the lines before it."""
+    """Stores what write_jsonl() wrote; returns the sum of the counts of Store.import_(). Raises StoreError, for
+    a bad line with its number; the lines before it are then stored."""
     counts: Counter[str] = Counter()
     try:
         for batch in _import_batches(lines):

@@ -40,7 +40,7 @@ from urllib.parse import quote, urlsplit
 
 MAX_BATCH = 100  # events in a request
 MAX_REFUSED = 10  # bad events removed from a batch: each costs a request, and an app's phones share a rate limit
-MAX_ANSWER = 1_000_000  # bytes; no answer of backfeedr is longer
+MAX_ANSWER = 1_000_000  # bytes; no answer to a report is longer
 RETRIED = {429, 500, 502, 503, 504}
 FIRST_PAUSE, MAX_PAUSE = 0.5, 30.0  # seconds; each pause is twice the one before
 MAX_RETRY_AFTER = 300  # seconds; if the server asks for more, the caller gets the error at once
@@ -126,8 +126,8 @@ class Client:
     `endpoint` is where the server is mounted, with or without /api/v1. All times are in
     seconds; `timeout` is for each step of an attempt. The methods add the present time as
     `occurred_at` if it is missing, and do not change the caller's objects. They raise
-    ServerError or ConnectionLost after the last attempt, and ValueError for values that
-    JSON cannot express (NaN). The constructor raises ValueError for a bad endpoint or key.
+    ServerError or ConnectionLost after the last attempt, and ValueError (NaN) or TypeError
+    for what JSON cannot express. The constructor raises ValueError for a bad endpoint or key.
     """
 
     def __init__(self, endpoint: str, api_key: str, sign: bool = True, timeout: float = 10.0, attempts: int = 5,

@@ -53,7 +53,7 @@ def main(argv=None, make_app=make_app):
     try:
         with socket.create_server(("127.0.0.1", arguments.port)) as listener:
             serve(listener, arguments.db, make_app)
-    except (backfeedr.SettingsError, backfeedr.StoreError, OSError, OverflowError) as error:
+    except (backfeedr.SettingsError, backfeedr.StoreError, backfeedr.Refusal, OSError, OverflowError) as error:
         sys.exit(f"embed: {error}")
 
 

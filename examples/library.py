@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 try:
-    from backfeedr import Metrics, Store, StoreError
+    from backfeedr import Metrics, StorageUnavailable, Store, StoreError
 except ImportError:  # in a fresh clone it is in the parent folder
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from backfeedr import Metrics, Store, StoreError
+    from backfeedr import Metrics, StorageUnavailable, Store, StoreError
 
 
 def key_and_figures(db_path, app):
@@ -35,7 +35,7 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     try:
         key, figures = key_and_figures(arguments.db, arguments.app)
-    except StoreError as error:
+    except (StoreError, StorageUnavailable) as error:  # the second one if the file is locked
         sys.exit(f"library: {error}")
     print(key)
     print(json.dumps(figures))
