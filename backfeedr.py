@@ -458,8 +458,8 @@ def seq_at(received_at: int) -> int:
 
 
 def random_seq(received_at: int) -> int:
-    """A seq of a millisecond, random so that different files have different ids. It is in the lower half: so the
-    reports of a commit seldom run into the next millisecond."""
+    """A seq of a millisecond, random so that different files have different ids. It is in the lower half, so the
+    seqs of a commit seldom run into the next millisecond."""
     return seq_at(received_at) + secrets.randbits(SEQ_BITS - 1)
 
 
@@ -469,7 +469,7 @@ def crash_id(seq: int) -> str:
 
 
 def event_ids(seqs: Sequence[int]) -> list[str]:
-    """The public ids of events, equal to the column `id`. To format each by itself would take twice as long."""
+    """The public ids of events, equal to the column `id`. Formatting each one separately takes twice as long."""
     return ["evt_" + digits for digits in struct.pack(f">{len(seqs)}Q", *seqs).hex(" ", 8).split()]
 
 
@@ -842,13 +842,13 @@ MAX_BATCH = 100  # events
 MAX_TEXT = 500  # characters of versions, models, types, names, ids, locale
 MAX_NUMBER = (1 << 63) - 1
 MAX_REPORT_SIZE, MAX_BATCHED_SIZE = 256_000, 32_000  # bytes of text stored for a report, and for an event of a batch
-MAX_PAYLOAD_SIZE = 1_000_000  # after so many bytes of an Apple payload, MAX_BATCHED_SIZE is the limit of each report
-SMALL_SIZE = 1000  # characters of JSON that cannot have too many fields or frames
+MAX_PAYLOAD_SIZE = 1_000_000  # bytes of an Apple payload; reports beyond may only have MAX_BATCHED_SIZE each
+SMALL_SIZE = 1000  # characters: shorter JSON cannot have too many fields or frames
 MAX_FIELDS = 256  # of `properties`, and of unknown fields
 MAX_FRAME_FIELDS = 32  # of each frame, if a report is cut
 FRAME_ROOM = 200  # bytes for each frame, if a report is cut: the others are dropped, so that these stay whole
 FIRST_FRAMES, LAST_FRAMES = 384, 128  # that are kept of a longer stack trace
-GROUPED_FRAMES = 1000  # the first frames of a longer stack trace; they and LAST_FRAMES of it decide the group
+GROUPED_FRAMES = 1000  # of a longer stack trace: these first ones and LAST_FRAMES decide the group
 Converters = Mapping[str, Callable[[Any], Any]]  # by field: gives the value to store; an error if it is wrong
 
 
@@ -1288,7 +1288,7 @@ def _decode_nested(text: str) -> Any:
 
 
 def _heaviest_path(frames: Any) -> deque[JsonObject]:
-    """The path that most samples took, from one of these frames inwards. It is not nested: to delete 5,000 nested
+    """The path that most samples took, from one of these frames inwards. It is not nested: deleting 5,000 nested
     objects takes more stack than a thread may have."""
     path, steps = deque[JsonObject](), list[JsonObject]()
     while type(frames) is list and (objects := [frame for frame in frames if type(frame) is dict]):
@@ -1626,7 +1626,7 @@ def verify(key: bytes, timestamp: bytes, signature: bytes, body: bytes, now: int
 # The times of each key's latest requests. A counter per minute would be smaller, but would allow twice the limit around
 # the turn of a minute. At most `limit` times are kept for a key, and only existing keys get here.
 
-CPU_SECONDS_PER_REQUEST = 0.1  # of CPU: a request counts once more for each, if it takes so long to decode
+CPU_SECONDS_PER_REQUEST = 0.1  # of decoding: each counts as one more request
 
 
 class RateLimiter:
@@ -1654,8 +1654,8 @@ class RateLimiter:
             return True
 
     def charge(self, key: bytes, seconds: float) -> None:
-        """Counts an allowed request again if it took long to decode, in seconds of CPU: a few that are made to take
-        long would otherwise keep out the reports of other apps."""
+        """Counts an allowed request again for each CPU_SECONDS_PER_REQUEST in `seconds`, the CPU time of decoding it.
+        Otherwise, a few requests that are made to be slow could keep out the reports of other apps."""
         if again := int(seconds / CPU_SECONDS_PER_REQUEST):
             with self._lock:
                 times = self._times[key]
@@ -1870,7 +1870,7 @@ def _read_page(db: Any, uuid: str, first: int) -> tuple[Sequence[int], Sequence[
 
 CACHED_STATEMENTS = 512  # prepared statements to keep: an insert is a different one for each number of rows
 ROWS_PER_STATEMENT = 128
-ROWS_STEP = 4  # more rows are a multiple of it: to prepare a statement for each number would take 9 MB more
+ROWS_STEP = 4  # larger numbers of rows are multiples of it: statements for all numbers would take 9 MB more
 Row = tuple[Any, ...]  # a row of the database, or a part of it
 
 
@@ -1919,7 +1919,7 @@ class KnownRows:
         self._version = version
         self.app_of_key: dict[bytes, int] = {}  # app_id by the hash of an active key
         self.names: set[Row] = set()  # app_id, field and name: those that do not count as `(other)`
-        # The last seq that was given, the first seq of the next range in `given_seqs` or None, and the limit between.
+        # The last seq given, the first seq of the next range in `given_seqs` (or None), and the limit between the two.
         self.given: Row = ()
         self.group_devices: set[Row] = set()  # app_id, group_hash and device_id_hash of crashes
         self.open_groups: set[Row] = set()  # app_id and group_hash: a known device changes nothing in their triage
@@ -1993,8 +1993,8 @@ def newcombe_interval(newer: Health, previous: Health, z: float = Z_95) -> tuple
 
 def verdict(newer: Health, previous: Health) -> JsonObject | None:
     """The verdict on a release, compared with the previous one: a word, a text, and the interval of the difference in
-    percentage points. None if no device of either is known. It is too early to see no difference until the smaller one
-    has 50 devices, and as many as narrow the interval of two equal releases to 5 points on each side."""
+    percentage points. None if no device of either is known. "No difference" needs 50 devices in the smaller one, and as
+    many as narrow the interval of two equal releases to 5 points on each side."""
     least, most = sorted((newer.devices, previous.devices))
     if not most:
         return None
@@ -2035,11 +2035,11 @@ def _percentages(*shares: float) -> list[str]:
 ALL_DAYS = -1_000_000  # the `day` of a label's sum over all days
 WEEK_DAYS = 7          # days of the overview, ending today
 DURATION_DAYS = 400    # days for which durations are kept: a year, and some more
-DEVICE_DAYS = 400      # a report that occurred more days than this before its receipt makes no device active
+DEVICE_DAYS = 400      # a report received more than so many days after it occurred makes no device active
 NAME_DAYS = KEY_DAYS = 90  # days for which events by name, and requests by key, are kept
 HEALTH_DAYS = 90       # the age up to which a release is compared with the previous one
 STEP_ROWS = 1000       # rows, or pages, that one step deletes, or that an export reads at a time
-SEARCHED_CRASHES = 10_000  # that a deletion reads to find the latest ones of groups: more would hold up all writers
+SEARCHED_CRASHES = 10_000  # that a deletion reads to find the latest one of each group: more would hold up writers
 MAX_RELEASES, MAX_BUILDS_OF_APP = 1000, 2000  # of each app
 MAX_ANSWER = 60_000    # bytes of JSON for the rows of a public answer, so that the whole answer stays below 64 kB
 
@@ -2112,9 +2112,9 @@ def counted_reports(kind: Any, app_id: int, seqs: Sequence[int], received: Seque
 
 class Sums:
     """A table of sums, by app_id and the columns of `key`. Its rows are kept for `window` days; 0 is forever.
-    If it `lasts`, reports that expire stay counted. Once some have expired, the command `check` compares lasting sums
-    only of "recent" days, or tests that they are "at least" those of the reports that are left, or else not at all. A
-    key column is text unless it is named day, hour or seconds."""
+    If it `lasts`, reports that expire stay counted. Once some have expired, the command `check` compares only "recent"
+    days of such a table, or checks that its sums are "at least" those of the reports that are left; without `check`, it
+    skips the table. A key column is text unless it is named day, hour or seconds."""
 
     def __init__(self, key: str, columns: str, window: int = 0, lasts: bool = True, check: str = ""):
         self.key, self.columns, self.window, self.lasts = key.split(), columns.split(), window, lasts
@@ -2140,8 +2140,8 @@ def sums_per_day(db: Any, app: int | None, days: range, table: str, *columns: st
 
 
 class Figure:
-    """One figure in one transaction. It holds parts of its RollUps, not the whole: a reference cycle would keep the
-    reports of each commit until the garbage collector runs, and make it run often."""
+    """One figure in one transaction. It holds parts of its RollUps, not the whole, because a reference cycle would keep
+    the reports of each commit in memory until the next garbage collection."""
 
     TABLES = ""  # the statements that make its tables, other than those of sums
     SUMS: Mapping[str, Sums] = {}
@@ -2152,7 +2152,7 @@ class Figure:
 
     def count(self, kind: type, reports: CountedReports, by: int) -> None:
         """Counts reports: `by` is 1 before they are inserted, and -1 after they were deleted. A recount counts stored
-        ones. That cannot tell which devices are new to a group, so Groups.recount() counts those again."""
+        reports, so it cannot tell which devices are new to a group: Groups.recount() counts these."""
 
     def expire(self, kind: type, reports: CountedReports) -> None:
         """Takes out reports that were deleted because they expired. Changes to lasting sums are ignored."""
@@ -2164,7 +2164,7 @@ class Figure:
 
 class MergedRows:
     """Collects what a transaction learns about rows of a table, and merges it into them with one read and one write.
-    `kind` is a named tuple of the columns after the key, with a method `merged`; its first ones may be `uncounted`."""
+    `kind` is a named tuple of the columns after the key with a method `merged`; the first `uncounted` are in no sum."""
 
     def __init__(self, rollups: RollUps, table: str, kind: Any, uncounted: int = 0):
         self._db, self._table, self._kind, self._known = rollups.db, table, kind, rollups.known.rows[table]
@@ -2185,8 +2185,8 @@ class MergedRows:
         return self._known
 
     def save(self) -> list[tuple[Row, Any, int]]:
-        """Writes the rows that change. Returns those that count otherwise now, with their keys: as they were, with -1,
-        and as they are, with 1."""
+        """Writes the rows that change. Returns those that change a sum, each with its key: as it was, with -1, and as
+        it is, with 1."""
         counts, changed, stored = [], [], self.stored(self.learned)
         for key, row in self.learned.items():
             before = stored.get(key)
@@ -2517,8 +2517,8 @@ class SeenReleases:
 
     def current(self) -> list[Row]:
         """The app_id and version of the newest release of each app, followed by the one with the most sessions if that
-        is another: a few testers of the next version must not hide a bad release. The newest is the last one that came.
-        An old version that comes late is not, unless it has more sessions: an app may begin to number them anew."""
+        is another: a few testers of the next version must not hide a bad release. The newest is the one that appeared
+        last; a lower version only if it has more sessions, as the app may have restarted its numbers."""
         newest, most_used = dict[int, Row](), dict[int, Row]()  # by app_id: sessions, version key, version
         sessions_of = self._sessions("release_days", "app_id, app_version")
         for app_id, version, *_ in self._releases:
@@ -2533,8 +2533,8 @@ class SeenReleases:
 
     def _pairs(self, wanted: Container[Row]) -> list[ReleasePair]:
         """Each release of `wanted`, by app_id and version, with its previous one: the highest lower version that was
-        seen earlier, if possible on a tenth as many devices. So no old version that comes late hides others, nor one
-        that is no release (99.0), that was withdrawn, or that only testers had."""
+        seen earlier, if possible on a tenth as many devices. This skips versions that came late, were withdrawn, were
+        only for testers, or are no release at all (99.0)."""
         devices_of = defaultdict(int, {key: devices for key, (_, _, _, devices, _) in self._sums.items()})
         pairs, earlier = [], defaultdict[int, list[Row]](list)  # the releases of each app that came before, by version
         for app_id, version, first_seen, _ in sorted(
@@ -2583,8 +2583,8 @@ class Session(NamedTuple):
     crashed: int = 0  # 1 if a crash names it
 
     def merged(self, other: Session) -> Session:
-        """What is known from both. The first start and the last end count; of two starts at once, the lower version, so
-        that an import in any order comes to the same."""
+        """What is known from both. The first start and the last end count; of two starts at the same time, the one of
+        the lower version counts, so the order of an import does not matter."""
         start = min(self, other, key=lambda session: (session.started_at or MAX_NUMBER, session.app_version or ""))
         return Session(min(self.first_seq, other.first_seq), max(self.last_seq, other.last_seq), start.started_at,
                        max(self.ended_at or 0, other.ended_at or 0) or None, start.app_version,
@@ -2920,7 +2920,7 @@ create table new_names (                   -- how many were new on a UTC day
                 else exists (select 1 from labels
                     where app_id = column1 and field = column2 and day = {ALL_DAYS} and label = column3) end
             """, list(days.keys() - self.accepted)))
-        self._known.update(days.keys() - unknown - self.accepted)  # not these: an old event leaves no row of its name
+        self._known.update(days.keys() - unknown - self.accepted)  # not the accepted: an old event leaves no row
         new: dict[Row, list[Name]] = defaultdict(list)  # by app_id, day and field, in the order of receipt
         for name, day in days.items():
             if name in unknown:
@@ -3215,7 +3215,7 @@ def _has_fix(version: str, build: str, fixed_in: str) -> bool | None:
 
 def _first_seen(db: Any, app_id: int, version: str, build: str, if_never: int) -> int:
     """When a build, or a version if `build` is "", was first seen in a report. Events name no build, so the first build
-    that a crash names is as old as its version. If `if_never` is 0, so is a build beyond MAX_BUILDS_OF_APP."""
+    that a crash names is as old as its version. With `if_never` 0, this also holds beyond MAX_BUILDS_OF_APP."""
     builds = dict(db.execute("select build_number, first_seen from builds where app_id = ? and app_version = ?",
                              (app_id, version)).fetchall())
     first_build = min(filter(None, builds), key=builds.__getitem__, default="")
@@ -3376,7 +3376,7 @@ class Connection(sqlite3.Connection):
         while next_range and first + count > next_range and (overlap := self.execute(
                 "select last from given_seqs where first < ? and last >= ?", (first + count, first)).fetchone()):
             first = overlap[0] + 1
-        # After a gap of more than a day, a new range begins: a fast clock must not make one cover the years to come.
+        # After a gap of over a day, a new range begins, so that a fast clock does not make one cover years.
         if not self.execute("""
                 update given_seqs set last = ? where first = (
                     select max(first) from given_seqs where last between ? and ?)
@@ -3912,7 +3912,7 @@ class Apps(Database):
             db.execute("delete from secrets where name = 'feed_token'")
 
     def grant(self, kind: str, lifetime: int) -> str:
-        """Creates a secret in place of the admin token, for one kind of use and `lifetime` milliseconds; returns it."""
+        """Creates a secret that replaces the admin token for one kind of use and `lifetime` ms; returns it."""
         secret = secrets.token_hex(16)
         with self.writing() as db:
             db.execute("delete from grants where expires_at <= ?", (self.now,))
@@ -4190,7 +4190,7 @@ class Commit:
 
 STEP_SECONDS = 0.02  # time that a step may take to delete or move reports
 EXPIRE_ROWS = 10  # rows to delete before the first look at the clock: a row may be as large as a body
-ROW_BYTES = 300  # that a report takes beside its texts, with its index entries, about; a replay takes half as much
+ROW_BYTES = 300  # that a report takes besides its text, about, with its index entries; a replay takes half of it
 SAMPLED_BYTES = 50_000_000  # of a larger database, only every second, third, ... report is measured
 
 
@@ -4282,9 +4282,9 @@ class Deletion(Apps):
         return +deleted
 
     def _choose_largest_app(self) -> bool:
-        """Returns whether the database is too large. If so, chooses the largest app: once an hour, because this goes
-        through all rows, or when the last one has lost a tenth of its reports, as another may grow fast meanwhile. Not
-        for a transaction that writes: this takes a second for each gigabyte."""
+        """Returns whether the database is too large. If so, chooses the largest app: once an hour, because this reads
+        all rows, or when the last one has lost a tenth of its reports, because another may be larger by then. Never
+        call it in a transaction that writes: it takes a second per gigabyte."""
         if not self.max_db_size:
             return False
         chosen = self._largest_app
@@ -4362,8 +4362,8 @@ class Deletion(Apps):
         return apps
 
     def _forget_some(self, db: Connection, kind: type, seqs: Sequence[Row], deleted: Counter[str]) -> Sequence[Row]:
-        """One step of deleting the reports with these seqs: a device can have so many that a sync for each ten takes an
-        hour. Adds to `deleted`, and returns the seqs that are left."""
+        """One step of deleting the reports with these seqs. It deletes ever more at once: a device can have so many
+        that a sync for every ten takes an hour. Adds to `deleted`; returns the seqs that are left."""
         deadline, size, table = time.monotonic() + STEP_SECONDS, EXPIRE_ROWS, TABLES[kind]
         while seqs:
             deleted[table] += len(self._delete_reports(
@@ -5614,7 +5614,7 @@ def _parse_cursor(cursor: str | None, pattern: str, default: Any) -> Any:
 GROUP_REPORTS = 20  # crashes on a page of a group
 MAX_VERSIONS = 100  # versions that a list names for a group
 MAX_MISSING_BUILDS = 100  # builds without symbols in a list
-SCORED_GROUPS, SHOWN_GROUPS = 20, 5  # groups by crashes, and by devices, that get a score; groups that are shown
+SCORED_GROUPS, SHOWN_GROUPS = 20, 5  # groups that get a score: by crashes, and as many by devices; and those shown
 
 STATE_CONDITIONS: dict[str | None, str] = {  # the condition of each `state` by which a list can be filtered
     None: "1 = 1", "open": "coalesce(state, 'open') = 'open'", "resolved": "state = 'resolved'",
@@ -5700,7 +5700,7 @@ class GroupMetrics(PublicMetrics):
 
     def _most_crashing(self, db: Connection, app_id: int | None, days: range, limit: int) -> str | None:
         """The groups with the most crashes on these days, separated by spaces: figures find them faster than a scan of
-        crashes. None if the two may differ: crashes have expired, or sums were deleted while a clock was fast."""
+        crashes. None if they may be wrong: crashes have expired, or sums were deleted while a clock was fast."""
         sums, expected = (sums_per_day(db, app_id, days, table, "crashes") for table in ("group_days", "crash_days"))
         if last_deleted_seq(db) >= seq_at(days[0] * DAY - MAX_SKEW) or sums != expected:
             return None
@@ -7621,7 +7621,7 @@ IDLE_TIMEOUT = 60  # seconds for a request to arrive, between two requests, or w
 MIN_BYTES_PER_SECOND = 2000  # a request that arrives at this rate, as from a slow phone, never times out
 MAX_PIPELINED = 4  # requests that may wait on a connection; if more come, it is closed after these
 COMMIT_THREADS = 4  # one commits while the next one decodes; with only two, 16 clients get 14 % less done
-MAX_GATHERED_REQUESTS = 25  # of 100 events each; all threads then have as many rows as may wait in the store
+MAX_GATHERED_REQUESTS = 25  # of 100 events each: then all threads hold as many rows as may wait in the store
 MAX_GATHERED_BYTES = 1_000_000  # decoded, they take several times as much memory
 MAX_CHUNK_LINE = 4096  # bytes
 _MANY_SPACES = re.compile(rb"\s{32}")
@@ -7738,7 +7738,7 @@ class _Channel(HTTPChannel):
 
     def service(self) -> None:
         """Sends the answer even if the connection's next request is here already. The I/O thread would keep a small
-        answer until that one is answered, too."""
+        answer until the next one is ready, too."""
         super().service()
         if self.requests:
             self._flush_exception(self._flush_some, do_close=False)
@@ -7777,8 +7777,8 @@ def _close_idle(server: Any, now: float) -> None:
 
 
 class _Dispatcher(ThreadedTaskDispatcher):
-    """Gives each report that arrives while a thread decodes others to that thread, which stores all in one commit. For
-    other requests waitress still wakes a thread each, which takes longer than decoding a report."""
+    """Reports that arrive while a thread decodes others go to that thread, which stores all in one commit. For every
+    other request, waitress wakes a thread, which takes longer than decoding a report."""
 
     def __init__(self, app: Backfeedr, threads: int):
         super().__init__()
@@ -7803,7 +7803,7 @@ class _Dispatcher(ThreadedTaskDispatcher):
             self.wake_thread()
 
     def wake_thread(self) -> None:
-        """Wakes a thread if reports wait or all must end, unless one gathers: that one looks again when it is done."""
+        """Wakes a thread if reports wait, or all threads must end. One that is gathering looks again by itself."""
         if (self.is_stopped or not self.waiting.empty()) and self.gathering.acquire(blocking=False):
             self.turn.release()
 
@@ -8152,7 +8152,7 @@ def _wrong_tables(db: sqlite3.Connection, expired: int) -> list[str]:
 
 def _wrong_sums(table: str, sums: Sums, expired: int) -> list[str]:
     """Queries for rows that differ. If reports have expired, they only look at later days, or for sums that are too
-    small: without its first report, a device or session would be counted on a later day or for a later release."""
+    small: without its first report, a device or session counts on a later day or for a later release."""
     if table == "key_days":  # counts requests, and no report tells of them
         return []
     if expired and sums.check == "at least":
