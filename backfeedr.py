@@ -2002,7 +2002,8 @@ def verdict(newer: Health, previous: Health) -> JsonObject | None:
     # Agresti and Coull add two devices that crashed and two that did not: few devices without a crash prove little.
     share = (newer.crashed + previous.crashed + 2) / (least + most + 4)
     needed = max(ENOUGH_DEVICES, math.ceil((Z_95 / MAX_HALF_WIDTH) ** 2 * 2 * share * (1 - share)))
-    if least < MIN_DEVICES or low <= 0 <= high and least < needed:
+    needed = needed if low <= 0 <= high else MIN_DEVICES  # to see a difference
+    if least < needed:
         word, text = "too early", f"about {math.ceil((needed - least) / 10) * 10} more devices needed"
     else:
         word = "worse" if high < 0 else "better" if low > 0 else "no difference seen"
@@ -5995,9 +5996,12 @@ class Metrics(GroupMetrics):
                 select app_id, name as app, first_day, last_hour from devices join apps on apps.id = app_id
                 where device = ? order by name""", (device,))
             for app in apps:
-                versions = db.execute("select app_version from device_versions where app_id = ? and device = ?",
-                                      (app.pop("app_id"), device))
+                key = app.pop("app_id"), device
+                versions, days = (db.execute(f"select {column} from {table} where app_id = ? and device = ? order by 1",
+                                             key).fetchall() for column, table in (
+                                                 ("app_version", "device_versions"), ("day", "device_days")))
                 app["versions"] = sorted((version for version, in versions), key=version_key)
+                app["days"] = [iso_day(day) for day, in days]
                 app["first_seen"] = iso_time(app.pop("first_day") * DAY)
                 app["last_seen"] = iso_time(app.pop("last_hour") * HOUR)
             answer = {"apps": apps}

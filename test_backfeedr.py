@@ -6353,7 +6353,7 @@ VERDICTS = [  # devices and crashed devices of the release before and of the new
     ((500, 113), (162, 59), "worse: 64 % of devices crash-free, 77 % before", [-22.2, -5.8]),
     ((500, 50), (500, 1), "better: 99.8 % of devices crash-free, 90.0 % before", [7.3, 12.7]),
     ((20, 0), (20, 20), "worse: 0 % of devices crash-free, 100 % before", [-100.0, -77.2]),
-    ((19, 0), (19, 19), "too early: about 750 more devices needed", [-100.0, -76.2]),
+    ((19, 0), (19, 19), "too early: about 10 more devices needed", [-100.0, -76.2]),
     ((60, 60), (60, 60), "no difference seen: 0 % of devices crash-free, 0 % before", [-6.0, 6.0]),
     ((500, 0), (0, 0), "too early: about 50 more devices needed", None),
     ((0, 0), (500, 0), "too early: about 50 more devices needed", None)]
@@ -9193,7 +9193,7 @@ def test_device_show_prints_everything_stored_and_forget_deletes_it(command):
         Api(server).post(BATCH, {"events": [{**EVENT, "device_id_hash": "d1"}, EVENT]})
     device = json.loads(output_of(command, "device", "show", "d1"))
     [app], [crash], [event] = map(device.get, ("apps", "crashes", "events"))
-    assert (app["app"], app["versions"]) == ("default", ["1.0"])
+    assert (app["app"], app["versions"], app["days"]) == ("default", ["1.0"], ["2026-03-12"])
     assert crash["extra"] == {"breadcrumbs": ["tap"]} and event["name"] == "purchase"
     status, out, err = command("device", "forget", "d1")
     assert (status, out) == (0, "") and "1 crash and 1 event." in err
