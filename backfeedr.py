@@ -310,7 +310,7 @@ create table given_seqs (                  -- ranges that contain every seq ever
     first integer primary key, last integer not null);
 -- state has retention_days; expired_crashes and expired_events, the highest seq that retention deleted; trimmed_day,
 -- when old sums were last deleted; counted_at, the end of the windows of figures unless a later report came. Per app:
--- early_ID, the highest seq deleted early for lack of space; worse_ID, first_seen of the release last reported as
+-- early_ID, the highest seq deleted early for lack of space; 'worse_ID FIRST_SEEN', when that release was reported as
 -- worse; deleted_ID, how far the deletion of the app has come: its reports from this seq on are gone.
 create table state (name text primary key, value integer not null) without rowid;
 """
@@ -2495,19 +2495,20 @@ class SeenReleases:
     @cached_property
     def _sums(self) -> dict[Row, Row]:
         """The sums of each release, by app_id and version."""
-        return {row[:2]: row[2:] for row in self._db.execute(
-            f"select * from release_sums where {APP_FILTER}", self._parameters)}
+        return defaultdict(lambda: (0,) * 5, {row[:2]: row[2:] for row in self._db.execute(
+            f"select * from release_sums where {APP_FILTER}", self._parameters)})
 
     def latest(self) -> Iterator[JsonObject]:
         """The latest 100 releases, the last to appear first, as the API shows them."""
         latest = sorted(self._releases, key=itemgetter(2), reverse=True)[:100]  # by first_seen
         names = dict(self._db.execute("select id, name from apps"))
         of_release = self._sessions("release_days", "app_id, app_version")
-        of_app, verdicts = self._sessions("session_days", "app_id"), self.verdicts(
-            {release[:2] for release in latest if release[2] > self._now - HEALTH_DAYS * DAY})  # more would take long
+        of_app = self._sessions("session_days", "app_id")
+        recent = {release[:2] for release in latest if release[2] > self._now - HEALTH_DAYS * DAY}
+        verdicts = self.verdicts(recent | self.current().keys())  # on all they would take long
         for app_id, version, first_seen, last_seen in latest:
             key = app_id, version
-            sessions, crashed_sessions, crashes, devices, crashed_devices = self._sums.get(key, [0] * 5)
+            sessions, crashed_sessions, crashes, devices, crashed_devices = self._sums[key]
             yield {"app": names[app_id], "app_version": version, "sessions": sessions, "crashes": crashes,
                    "crashed_sessions": crashed_sessions,
                    "crash_free_sessions": crash_free_rate(crashed_sessions or crashes, sessions) if sessions else None,
@@ -2516,9 +2517,9 @@ class SeenReleases:
                    "adoption": round(100 * of_release.get(key, 0) / (of_app.get((app_id,)) or 1), 2),
                    "first_seen": iso_time(first_seen), "last_seen": iso_time(last_seen), "verdict": verdicts.get(key)}
 
-    def current(self) -> list[Row]:
-        """The app_id and version of the newest release of each app, followed by the one with the most sessions if that
-        is another: a few testers of the next version must not hide a bad release. The newest is the one that appeared
+    def current(self) -> dict[Row, None]:
+        """The app_id and version of the newest release of each app, then of the one with the most sessions if that is
+        another: a few testers of the next version must not hide a bad release. The newest is the one that appeared
         last; a lower version only if it has more sessions, as the app may have restarted its numbers."""
         newest, most_used = dict[int, Row](), dict[int, Row]()  # by app_id: sessions, version key, version
         sessions_of = self._sessions("release_days", "app_id, app_version")
@@ -2529,14 +2530,12 @@ class SeenReleases:
                 newest[app_id] = release
             if version != OTHER and release[0] > most_used.get(app_id, (0,))[0]:
                 most_used[app_id] = release
-        return list({(app_id, release[2]): None for app_id in newest for release in (
-            newest[app_id], most_used.get(app_id, newest[app_id]))})
+        return {(app_id, release[2]): None for releases in (newest, most_used) for app_id, release in releases.items()}
 
     def _pairs(self, wanted: Container[Row]) -> list[ReleasePair]:
         """Each release of `wanted`, by app_id and version, with its previous one: the highest lower version that was
         seen earlier, if possible on a tenth as many devices. This skips versions that came late, were withdrawn, were
         only for testers, or are no release at all (99.0)."""
-        devices_of = defaultdict(int, {key: devices for key, (_, _, _, devices, _) in self._sums.items()})
         pairs, earlier = [], defaultdict[int, list[Row]](list)  # the releases of each app that came before, by version
         for app_id, version, first_seen, _ in sorted(
                 self._releases, key=lambda release: (release[2], version_key(release[1]), release[1])):
@@ -2544,9 +2543,9 @@ class SeenReleases:
                 release, lower = (version_key(version), version, first_seen), earlier[app_id]
                 n = bisect_left(lower, release)
                 if n and (app_id, version) in wanted:
-                    least = devices_of[app_id, version] / 10
-                    previous = next((other for other in reversed(lower[:n]) if devices_of[app_id, other[1]] >= least),
-                                    lower[n - 1])
+                    least = self._sums[app_id, version][3] / 10  # of its devices
+                    previous = next((other for other in reversed(lower[:n])
+                                     if self._sums[app_id, other[1]][3] >= least), lower[n - 1])
                     pairs.append(ReleasePair(app_id, version, first_seen, *previous[1:]))
                 lower.insert(n, release)
         return pairs
@@ -4383,7 +4382,7 @@ class Deletion(Apps):
                          "channels where app_id = ?", "keys where app_id = ?", "facts where app_id = ?",
                          "apps where id = ?"):
                 db.execute("delete from " + rows, (app_id,))
-            db.executemany("delete from state where name = ?", [(f"early_{app_id}",), (f"worse_{app_id}",)])
+            db.execute("delete from state where name = ? or name like ?", (f"early_{app_id}", f"worse_{app_id} %"))
             db.execute(SET_STATE, (f"deleted_{app_id}", MAX_NUMBER))
             self._drop_waiting_facts(db, name)
 
@@ -4911,11 +4910,12 @@ class Store(SymbolStore):
         sums = RollUps(db, self.now).trim(self._first_kept_seq >> SEQ_BITS)
         deleted = Counter(sums=sums) + self._expire_symbols(db)
         db.execute("delete from facts where at < ?", (self.now - FACT_DAYS * DAY,))
-        db.execute("""
-            delete from group_history where what = 'spread' and not exists (
-                select 1 from groups where app_id = group_history.app_id and group_hash = group_history.group_hash)""")
         db.execute("delete from messages where due_at is null and created_at <= ?", (self.now - HOUR,))
         if not deleted:
+            db.execute("""
+                delete from group_history where what = 'spread' and not exists (
+                    select 1 from groups where app_id = group_history.app_id and group_hash = group_history.group_hash)
+                """)
             db.execute(SET_STATE, ("trimmed_day", self.now // DAY))
             for warning in self.warnings():
                 log.warning("%s", warning)
@@ -4952,12 +4952,12 @@ class Store(SymbolStore):
 
 def worse_releases(db: Connection, now: int) -> list[tuple[ReleasePair, str]]:
     """The current releases of live apps that are certainly worse than the one before, and the texts of the verdicts.
-    Releases as old as one that was reported already are left out."""
+    Those that were reported already are left out."""
     releases = SeenReleases(db, None, now)
     return [(pair, (verdict(*healths) or {})["text"])
             for pair, healths in releases.compared(releases.current()).items()
             if min(healths).devices >= ENOUGH_DEVICES and newcombe_interval(healths[0], healths[1], Z_99)[1] < 0
-            and get_state(db, f"worse_{pair.app_id}", 0) < pair.first_seen]
+            and not get_state(db, f"worse_{pair.app_id} {pair.first_seen}", 0)]
 
 
 def note_worse_releases(db: Connection, now: int) -> None:
@@ -4965,7 +4965,7 @@ def note_worse_releases(db: Connection, now: int) -> None:
     for pair, text in worse_releases(db, now):
         note_fact(db, "release.worse", pair.app_id, now, None, app_version=pair.app_version, before=pair.previous,
                   text=text)
-        db.execute(SET_STATE, (f"worse_{pair.app_id}", pair.first_seen))
+        db.execute(SET_STATE, (f"worse_{pair.app_id} {pair.first_seen}", now))
 
 
 def file_warnings(path: Path, max_db_size: int) -> list[str]:
@@ -5294,7 +5294,7 @@ class Alerts:
         self._queue_messages()
         with self._store.reading() as db:
             due = dict_rows(db, """
-                select messages.id, channel_id, body, tries, url, secret, with_reason from messages
+                select messages.id, channel_id, messages.created_at, body, tries, url, secret, with_reason from messages
                 join channels on channels.id = channel_id
                 where due_at <= :now and taken_until <= :now
                 order by messages.created_at, messages.id""", {"now": self._store.now})
@@ -5338,12 +5338,12 @@ class Alerts:
         """Records the outcome of a try, and when the next one is due. The status 410 ends the channel."""
         now, tries, due_at, taken_until = self._store.now, message["tries"], None, 0
         has_ended = error is not None and error.status == 410
-        if error and tries < len(RETRY_SECONDS):
-            due_at = now + max(RETRY_SECONDS[tries] * SECOND, error.retry_after)
-            if not error.is_receiver_down:
-                taken_until = due_at  # so _queue_facts knows that it does not wait for the receiver
-            elif error.retry_after:
-                taken_until = due_at - 1  # so it is not sent early
+        retry_until = message.get("created_at", 0) + sum(RETRY_SECONDS) * SECOND  # early tries must not shorten this
+        if error and (tries < len(RETRY_SECONDS) or now < retry_until):
+            pause = RETRY_SECONDS[min(tries, len(RETRY_SECONDS) - 1)] * SECOND
+            due_at = now + max(pause, error.retry_after)
+            # due_at: so that _queue_messages knows that it waits for no receiver. Else: when it may be sent early.
+            taken_until = min(now + error.retry_after, due_at - 1) if error.is_receiver_down else due_at
         with self._store.writing(shared=True) as db:  # the channel first, so that two hosts do not deadlock
             db.execute("""
                 update channels set error = ?, error_at = ?, sent_at = coalesce(?, sent_at),
@@ -5356,8 +5356,8 @@ class Alerts:
                 where id = :id and due_at is not null  -- null: another process sent it, or its app was deleted
                 """, {"due": due_at, "taken": taken_until, "id": message["id"]})
             if not error:  # the receiver is up again: nothing waits for hours
-                db.execute("update messages set due_at = ? where channel_id = ? and due_at > ? and taken_until = 0",
-                           (now, message["channel_id"], now + HOUR))
+                db.execute("update messages set due_at = ? where channel_id = ? and due_at > ? and taken_until <= ?",
+                           (now, message["channel_id"], now + HOUR, now))
             if has_ended:
                 db.execute("delete from messages where channel_id = ?", (message["channel_id"],))
 
@@ -5556,7 +5556,7 @@ class PublicMetrics:
             verdicts = seen.verdicts(current)
         releases = [{"app": names[id], "app_version": version, "verdict": verdicts.get((id, version))}
                     for id, version in current]
-        return sorted(releases, key=lambda row: ((row["verdict"] or {}).get("word") != "worse", row["app"]))
+        return sorted(releases, key=lambda row: (row["verdict"] or {}).get("word") != "worse")
 
     def is_empty(self, app: str | None = None) -> bool:
         """Whether an app has sent nothing yet. Ends of sessions do not count."""
@@ -6454,7 +6454,7 @@ def _event_details(event: JsonObject, length: int = 100) -> str:
     up to `length` characters."""
     hidden = ("stack_trace", "raw_stack_trace") if _trace_rows(event) else ()
     fields = {**event.get("properties", {}), **event.get("extra", {})}
-    in_order = sorted(fields.items(), key=lambda item: type(item[1]) in (dict, list))
+    in_order = sorted(fields.items(), key=lambda item: len(_json_text(item[1])) > 100)
     return ", ".join(f"{name}: {_shorten(_json_text(value), length)}" for name, value in in_order[:20]
                      if name not in hidden)
 
@@ -6643,7 +6643,8 @@ class PageRequest:
 
 
 def _text_response(text: str, content_type: str, status: int = 200) -> Response:
-    return bottle.HTTPResponse(_CONTROL_CHARACTERS.sub("\ufffd", text).encode("utf-8", "replace"), status, {
+    text = _CONTROL_CHARACTERS.sub("\ufffd", text.replace("\r\n", "\n"))  # browsers send \r\n
+    return bottle.HTTPResponse(text.encode("utf-8", "replace"), status, {
         **PAGE_HEADERS, "Content-Type": content_type + "; charset=utf-8"})
 
 
@@ -7090,7 +7091,7 @@ see {{!anchor("Apps", "/apps")}}.""") + _PAGE_LINKS,
 % end
 % versions = sorted(group["versions"]["labels"], key=version_key)
 % first_to_last = " to ".join(dict.fromkeys(versions[:1] + versions[-1:]))
-<div><dt>Versions</dt><dd>{{!text_html(first_to_last or "-", 100)}}</dd></div>
+<div><dt>Versions</dt><dd>{{!text_html(first_to_last or "-", 100)}}{{" and others" * (len(versions) == 20)}}</dd></div>
 <div><dt>Group</dt><dd><code>{{group["group_hash"]}}</code></dd></div>
 <div><dt>Export</dt><dd>{{!anchor("text", page.path + ".txt")}} {{!anchor("Markdown", page.path + ".md")}}</dd></div>
 </dl><section><h2>{{group["state"].capitalize()}}
@@ -7206,7 +7207,8 @@ No matches. {{!anchor("Show all", "/events")}}. To send events, see <code>exampl
 {{!anchor("version", "/releases", sort="version") if "sort" not in page.query else "version"}}</p>
 """ + _table(
         "releases", _RELEASE_COLUMN, ("Verdict", """<span class="{{row["verdict"] and row["verdict"]["word"]}}">
-{{row["verdict"]["text"] if row["verdict"] else "-"}}</span>""", ""),
+{{row["verdict"]["text"] if row["verdict"] else "-"}}</span>
+<small>{{!text_html("vs. " + row["verdict"]["before"], 40) if row["verdict"] else ""}}</small>""", ""),
         "Crash-free sessions", "Crash-free devices", "Crashes", "Sessions", "Adoption", "First seen", "Last seen",
         empty=_NO_RELEASES, note="""A verdict compares two releases at the same age. Adoption is the share of the app's
 sessions in the last 7 days."""),

@@ -5256,6 +5256,21 @@ def test_messages_are_sent_as_the_limits_and_the_schedule_say(alerting, clock, r
     assert stored(alerting, "facts") == {"facts": []} and channel_values(alerting, "waiting", "ended_at") == (0, None)
 
 
+def test_a_message_that_fails_while_others_arrive_is_tried_for_three_days_like_any_other(alerting, clock, receiver):
+    def respond():
+        is_bad = receiver.facts("exception_type")[-1] == ["bad"]
+        receiver.status = 500 if is_bad else 204
+        tried.extend([clock.seconds] * is_bad)
+
+    tried, receiver.on_request = [], respond
+    note(alerting, exception_type="bad")
+    for _ in range(50):
+        deliver_later(alerting, clock, 2 * 3600)
+        note(alerting)
+    assert len(tried) > len(SCHEDULE) and sum(SCHEDULE) <= tried[-1] - tried[0] < sum(SCHEDULE) + SCHEDULE[-1]
+    assert channel_values(alerting, "waiting") == (0,)
+
+
 @pytest.mark.parametrize("value, seconds", [
     ("7200", 7200), ("0", 0), ("-5", 0), ("soon", 0), ("", 0), ("9" * 50, 0), ("999999999", 86400),
     ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("an hour", 0), ("\xe4", 0)])
@@ -6469,9 +6484,40 @@ def test_a_few_testers_of_the_next_version_do_not_hide_a_release_that_is_worse(s
     first = server.metrics.attention("default")["first"]
     assert [(group["exception_type"], group["of_current"]) for group in first] == [("SIGABRT", 30), ("Beta", 1)]
     assert " 34 (30 current) " in Person(server).signed_in().text("/?app=default")
+    send_devices(server, "2.0", 100, 60)
+    for _ in range(2):
+        clock.move(A_DAY)
+        add(server, type="custom")
+    assert [detail["app_version"] for kind, detail in facts_of(server) if kind == "release.worse"] == ["1.1", "2.0"]
+
+
+def test_a_release_that_only_testers_had_is_told_as_worse_and_then_the_one_that_all_have(subscribed, clock):
+    server = subscribed.server
+    send_devices(server, "1.0", 300, 3)
     clock.move(A_DAY)
-    add(server, type="custom")
-    assert [kind for kind, _ in facts_of(server)].count("release.worse") == 1
+    send_devices(server, "1.1", 5, 0)
+    clock.move(3600)
+    send_devices(server, "2.0", 60, 30)
+    for devices in (5, 300):
+        send_devices(server, "1.1", devices, devices // 3 * (devices > 5))
+        add(server, type="session_start", app_version="1.1", device_id_hash="1.1 0")
+        for _ in range(2):
+            clock.move(A_DAY)
+            add(server, type="custom")
+    assert [detail["app_version"] for kind, detail in facts_of(server) if kind == "release.worse"] == ["2.0", "1.1"]
+    server.store.create_app("Shop")
+    server.store.delete_app("default")
+    assert sql(server, "select name from state where name like 'worse%'") == []
+
+
+def test_the_newest_release_of_each_app_comes_before_the_most_used_ones(server, clock):
+    for name in ("A", "B"):
+        key = server.store.create_app(name)
+        add(server, key=key, type="session_start", app_version="1.0", device_id_hash="d")
+        clock.move(1)
+        add(server, key=key, type="custom", app_version="2.0", device_id_hash="t")
+    assert [(row["app"], row["app_version"]) for row in server.metrics.current_releases()] == [
+        ("A", "2.0"), ("B", "2.0"), ("A", "1.0"), ("B", "1.0")]
 
 
 def test_a_release_is_not_compared_with_one_that_hardly_anybody_had(api, clock):
@@ -6484,15 +6530,18 @@ def test_a_release_is_not_compared_with_one_that_hardly_anybody_had(api, clock):
     assert verdicts(api)["1.3"] == "better: 100 % of devices crash-free, 80 % before"
 
 
-def test_releases_first_seen_more_than_90_days_ago_are_judged_no_more(keeping, clock):
+def test_releases_first_seen_more_than_90_days_ago_are_judged_only_if_current(keeping, clock):
     api = Api(keeping(400))
     for version, crashed in (("1.0", 4), ("1.1", 30)):
         send_devices(api.server, version, 100, crashed)
         clock.move(3600)
     clock.move(89 * A_DAY)
+    send_devices(api.server, "1.2", 1, 0)
     assert verdicts(api)["1.1"].startswith("worse")
     clock.move(A_DAY)
-    assert verdicts(api) == {"1.0": None, "1.1": None}
+    assert verdicts(api)["1.1"] is None and verdicts(api)["1.2"].startswith("too early")
+    clock.move(A_DAY * 90)
+    assert verdicts(api)["1.2"].startswith("too early"), "the newest one is judged however old it is"
 
 
 def test_a_verdict_stays_after_its_devices_have_expired(keeping, clock):
