@@ -7630,7 +7630,7 @@ COMMIT_THREADS = 4  # one commits while the next one decodes; with only two, 16 
 MAX_GATHERED_REQUESTS = 25  # of 100 events each: then all threads hold as many rows as may wait in the store
 MAX_GATHERED_BYTES = 1_000_000  # decoded, they take several times as much memory
 MAX_CHUNK_LINE = 4096  # bytes
-_MANY_SPACES = re.compile(rb"\s{32}")
+_AS_SPACES = bytes.maketrans(b"\t\r\n", b"   ")  # a pattern would take 20 times as long
 
 
 class _RequestParser(HTTPRequestParser):
@@ -7648,7 +7648,7 @@ class _RequestParser(HTTPRequestParser):
         return consumed
 
     def parse_header(self, header_plus: bytes) -> None:
-        if _MANY_SPACES.search(header_plus):  # waitress takes n * n steps for n spaces: 16 s for 32 kB
+        if b" " * 32 in header_plus.translate(_AS_SPACES):  # waitress takes n * n steps for n spaces: 16 s for 32 kB
             raise ParsingError("too many spaces")
         try:
             super().parse_header(header_plus)
