@@ -5392,8 +5392,6 @@ def _with_reasons(db: Connection, body: str) -> str:
     a reason must not outlive its report."""
     message = json.loads(body)
     for fact in message["data"]["facts"]:
-        if "reason" in fact:  # queued by an earlier version
-            fact["text"] = fact["text"].removesuffix(f": {fact.pop('reason')}")
         reason, = db.execute("""
             select max(exception_reason) from groups join apps on apps.id = app_id where name = ? and group_hash = ?
             """, (fact.get("app"), fact.get("group_hash"))).fetchone()

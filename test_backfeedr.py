@@ -5509,19 +5509,6 @@ def test_a_reason_is_kept_no_longer_for_a_message_than_in_its_report(one_day, cl
     assert count(one_day, "messages") == 0
 
 
-def test_a_reason_that_an_older_version_stored_with_a_message_is_not_sent(one_day, clock, receiver):
-    one_day.alerts.add(receiver.url, with_reason=True)
-    add(one_day, exception_reason="Card 4111")
-    receiver.status = 500
-    assert deliver_later(one_day, clock) == ONE_FAILED
-    message = json.loads(sql(one_day, "select body from messages")[0][0])
-    message["data"]["facts"][0].update(reason="gone", text=message["data"]["facts"][0]["text"] + ": gone")
-    sql_run(one_day, f"update messages set body = '{json.dumps(message)}'")
-    receiver.status = 204
-    assert deliver_later(one_day, clock, 3600) == ONE_SENT and receiver.facts("reason") == [["Card 4111"]] * 2
-    assert receiver.facts("text")[0] == receiver.facts("text")[1]
-
-
 @pytest.mark.parametrize("problem, urls", {
     "a channel's address is like https": [
         "", "example.com", "https://", "https://a b/", "https://a\n/", "https://a:99999/", "https://a:0/", "https://[",
