@@ -48,7 +48,7 @@ import zipfile
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import date, datetime, timezone
 from decimal import ROUND_HALF_UP, Decimal
 from fractions import Fraction
@@ -11390,6 +11390,32 @@ def test_a_database_restart_under_load_loses_nothing_and_the_hosts_recover_by_th
     assert load.lost == 0 and {status for status, _ in load.others} == {503}
     assert set(load.acknowledged) <= set(stored_ids(cluster.url))
     check_database(cluster.url)
+
+
+END_CONNECTIONS = """
+select count(pg_terminate_backend(pid)) from pg_stat_activity
+where pid <> pg_backend_pid() and application_name = 'backfeedr-' || current_schema()"""
+
+
+def name_connections(url, monkeypatch):
+    """Lets END_CONNECTIONS end the connections to this schema only."""
+    name = f"backfeedr-{url.rpartition('%3D')[2]}"
+    monkeypatch.setitem(postgres()._OPTIONS, "application_name", name)
+
+
+@needs_postgres
+def test_lost_connections_for_reading_and_the_rate_limit_delay_no_request_and_fail_none(serve, schemas, monkeypatch):
+    name_connections(schemas(), monkeypatch)
+    server = serve(rate_limit=1000)
+    with ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(server.store.reading())
+    assert server._limiter.allow(KEY_HASH) and sql(schemas(), END_CONNECTIONS)[0][0] >= 6
+    wait_until(lambda: sql(schemas(), END_CONNECTIONS) == [(0,)])
+    began = time.monotonic()
+    for _ in range(5):
+        assert server._limiter.allow(KEY_HASH) and server.store.apps()
+    assert time.monotonic() < began + 0.9
 
 
 @needs_postgres

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """backfeedr on PostgreSQL, for several hosts behind a balancer. Copy this file beside backfeedr.py.
 
-    pip install bottle waitress "psycopg[binary,pool]"
+    pip install bottle waitress "psycopg[binary]"
     python examples/postgres.py postgresql://backfeedr@db.example.com/backfeedr --port 8080
     python examples/postgres.py postgresql://backfeedr@db.example.com/backfeedr import reports.jsonl
 
@@ -20,14 +20,15 @@ the lock after IDLE_SECONDS.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import re
+import select
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from functools import lru_cache
+from contextlib import closing, contextmanager, suppress
+from functools import lru_cache, partial
 from pathlib import Path
+from queue import Empty, LifoQueue
 from typing import Any, Callable
 
 try:
@@ -41,11 +42,10 @@ try:
     from psycopg.conninfo import conninfo_to_dict, make_conninfo
     from psycopg.types.bool import BoolDumper
     from psycopg.types.string import StrDumper
-    from psycopg_pool import ConnectionPool
 except ImportError as error:
     if __name__ != "__main__":
         raise
-    sys.exit(f"postgres: {error.name or 'psycopg'} is missing; 'pip install \"psycopg[binary,pool]\"' installs it")
+    sys.exit(f"postgres: {error.name or 'psycopg'} is missing; 'pip install \"psycopg[binary]\"' installs it")
 
 
 # == Schema ====================================================================
@@ -228,6 +228,14 @@ class Connection(psycopg.Connection):
         db.run(_SESSION + ("set default_transaction_read_only = on" if options.get("read_only") else ""))
         return db
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether this idle connection was closed. Takes no round trip: the server sends it nothing else."""
+        if not self.closed:
+            poll = select.poll()  # select() would refuse the numbers of a busy server's sockets
+            poll.register(self, select.POLLIN)
+        return self.closed or bool(poll.poll(0))
+
     def run(self, script: str) -> None:
         """Runs statements in PostgreSQL's dialect."""
         super().execute(script)
@@ -282,32 +290,51 @@ class Connection(psycopg.Connection):
                 cursor.executemany(translated(query), rows)
 
 
-class _Pools:
-    """A pool of connections for each process: a connection must not cross a fork."""
+class _Pool:
+    """Up to `size` connections in each process: a connection must not cross a fork."""
 
-    def __init__(self, url: str, size: int, **options: Any):
-        self._url, self._size, self._options = url, size, options
-        self._pools: dict[int, ConnectionPool] = {}
+    def __init__(self, size: int, connect: Callable[[], Connection]):
+        self._size, self._connect, self._is_closed = size, connect, False
+        self._slots: dict[int, LifoQueue[Connection | None]] = {}
 
     @property
-    def here(self) -> ConnectionPool:
-        pid = os.getpid()
-        pool = self._pools.get(pid) or self._pools.setdefault(pid, self._make())
-        if pool.closed:
-            pool.open()  # raises an error if the pool was open before
-        return pool
+    def _here(self) -> LifoQueue[Connection | None]:
+        slots: LifoQueue[Connection | None] = LifoQueue()
+        for _ in range(self._size):
+            slots.put(None)
+        return self._slots.get(os.getpid()) or self._slots.setdefault(os.getpid(), slots)
 
-    def _make(self) -> ConnectionPool:
-        # Each request tries to connect, without growing pauses: so it works as soon as the database is back.
-        return ConnectionPool(self._url, connection_class=Connection, kwargs=self._options, open=False,
-                              min_size=0, max_size=self._size, timeout=POOL_SECONDS, reconnect_timeout=0,
-                              check=ConnectionPool.check_connection)
+    @contextmanager
+    def connection(self) -> Iterator[Connection]:
+        """A connection that nobody else uses. If those of the pool are lost, connects again at once."""
+        slots = self._here
+        try:
+            db = slots.get(timeout=POOL_SECONDS)
+        except Empty:
+            raise psycopg.OperationalError(f"all {self._size} connections are in use") from None
+        try:
+            if self._is_closed:
+                raise psycopg.OperationalError("the store is closed")
+            if db and db.is_lost:
+                db.close()
+            if not db or db.closed:
+                db = self._connect()
+            yield db
+        finally:
+            if db:
+                with suppress(psycopg.Error):
+                    db.rollback()  # does nothing outside of a transaction
+                if self._is_closed or db.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
+                    db.close()
+            slots.put(db if db and not db.closed else None)
 
     def close(self) -> None:
-        """Closes the pool of this process."""
-        pool = self._pools.get(os.getpid())
-        if pool is not None:
-            pool.close()
+        """Closes the connections of this process; those in use when they come back."""
+        self._is_closed, slots = True, self._here
+        for db in [slots.get_nowait() for _ in range(slots.qsize())]:
+            if db:
+                db.close()
+            slots.put(None)
 
 
 # == Store =====================================================================
@@ -339,7 +366,7 @@ class PostgresStore(backfeedr.Store):
 
     def _open(self, path: str, may_create: bool) -> None:
         self.path = path  # type: ignore[assignment]
-        self._readers = _Pools(path, READERS, read_only=True)
+        self._readers = _Pool(READERS, partial(self._connect, query_only=True))
         try:
             with closing(self._connect()) as db:
                 _prepare(db, may_create)
@@ -363,8 +390,7 @@ class PostgresStore(backfeedr.Store):
     def reading(self) -> Iterator[Any]:
         """A connection that cannot write."""
         try:
-            self._require_same_file()
-            with self._readers.here.connection() as db:
+            with self._readers.connection() as db:
                 yield db
         except psycopg.Error as error:
             raise self._unavailable("read", error) from error
@@ -416,7 +442,7 @@ class PostgresLimiter(backfeedr.RateLimiter):
                  clock: Callable[[], float] | None = None):
         self.limit, self.window = limit, window
         self._now = clock or (lambda: None)
-        self._store, self._pools = store, _Pools(store.path, LIMITERS)  # type: ignore[arg-type]
+        self._store, self._pool = store, _Pool(LIMITERS, store._connect)
 
     def allow(self, key: bytes) -> bool:
         """Counts a request of the key and returns True, or returns False above the limit."""
@@ -450,7 +476,7 @@ class PostgresLimiter(backfeedr.RateLimiter):
 
     def _ask(self, statement: str, key: bytes, **more: int) -> Any:
         try:
-            with self._pools.here.connection() as db:
+            with self._pool.connection() as db:
                 return db.execute(statement, {"key": key, "limit": self.limit, "window": self.window,
                                               "now": self._now(), **more}).fetchone()
         except psycopg.Error as error:
@@ -458,7 +484,7 @@ class PostgresLimiter(backfeedr.RateLimiter):
 
     def close(self) -> None:
         """Closes this process's connections."""
-        self._pools.close()
+        self._pool.close()
 
 
 class PostgresBackfeedr(backfeedr.Backfeedr):
@@ -486,7 +512,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if {"backup", "check", "--db"} & set(given.arguments[:1]):
         parser.error(f"{given.arguments[0]} is for SQLite's file; to copy a PostgreSQL database, see pg_dump")
-    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # the store logs the same, once
     return backfeedr.main(given.arguments, make=lambda *args, **options: PostgresBackfeedr(given.url, *args, **options),
                           open_store=lambda path, **options: PostgresStore(given.url, **options))
 
