@@ -395,6 +395,16 @@ class PostgresStore(backfeedr.Store):
         except psycopg.Error as error:
             raise self._unavailable("read", error) from error
 
+    @contextmanager
+    def writing(self, shared: bool = False) -> Iterator[Any]:
+        """As in Database, but with another connection if this process's one was lost while it was idle."""
+        process = self._process
+        with process.write_lock:
+            if process.writer and process.writer.is_lost:
+                process.close_writer()
+        with super().writing(shared) as db:
+            yield db
+
     def _unavailable(self, verb: str, error: Exception) -> backfeedr.StorageUnavailable:
         return super()._unavailable(verb, psycopg.Error(_line(error)))
 
