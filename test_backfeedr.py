@@ -11420,6 +11420,15 @@ def test_lost_connections_delay_no_request_and_fail_none(serve, schemas, monkeyp
 
 
 @needs_postgres
+def test_a_lock_of_another_program_makes_no_host_unhealthy(serve, monkeypatch):
+    monkeypatch.setattr(postgres(), "_SESSION", postgres()._SESSION.replace("5s", "100ms"))
+    api = Api(serve())
+    with closing(postgres().Connection.connect(api.server.store.path)) as db:
+        db.run("begin; select 1 from apps for update")
+        assert [api.post(CRASHES, CRASH), api.get("/api/v1/health")[0]] == [UNAVAILABLE, 200]
+
+
+@needs_postgres
 @pytest.mark.slow
 def test_a_rolling_restart_behind_the_balancer_is_not_noticed_and_a_lost_host_loses_only_requests_it_was_reading(
         hosts, run, schemas, tmp_path):

@@ -406,7 +406,8 @@ class PostgresStore(backfeedr.Store):
             yield db
 
     def _unavailable(self, verb: str, error: Exception) -> backfeedr.StorageUnavailable:
-        return super()._unavailable(verb, psycopg.Error(_line(error)))
+        is_lock = isinstance(error, psycopg.errors.LockNotAvailable)  # after which `check` needs no trial
+        return super()._unavailable(verb, psycopg.Error("the database is locked: " * is_lock + _line(error)))
 
     def vitals(self) -> list[Any]:
         return [figure for figure in super().vitals() if figure[0] != "wal_bytes"]  # the WAL is the whole cluster's
