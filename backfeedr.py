@@ -3478,7 +3478,7 @@ def migrate(db: Connection, version: int) -> None:
                   + "".join(f"alter table {table} rename to old_{table};\n" for table in replaced)
                   + "".join(script for schema, script in _ADDED_COLUMNS.items() if 0 < version < schema)
                   + "drop view if exists releases;\n"
-                  + re.sub("create (table|index)", r"create \1 if not exists", SCHEMA))
+                  + (re.sub("create (table|index)", r"create \1 if not exists", SCHEMA) if version else SCHEMA))
     if 4 <= version < 7:  # they begin again
         db.run_script("alter table regroupings drop column received_at;\nupdate regroupings set seq = 0")
     if version == 2:

@@ -11429,6 +11429,18 @@ def test_a_lock_of_another_program_makes_no_host_unhealthy(serve, monkeypatch):
 
 
 @needs_postgres
+@pytest.mark.parametrize("table", ["apps", "groups", "sessions"])
+def test_a_schema_with_tables_of_another_program_is_refused_unchanged(schemas, table):
+    sql_run(schemas(has_tables=False), f"create table {table} (id bigint)")
+    sql_run(schemas(), "create table another (id bigint)")
+    with pytest.raises(StoreError, match=f'^cannot open the database: relation "{table}" already exists$'):
+        postgres().PostgresStore(schemas())
+    assert sql(schemas(), """
+        select relname from pg_class where relnamespace = current_schema()::regnamespace order by 1
+        """) == [("another",), (table,)]
+
+
+@needs_postgres
 @pytest.mark.slow
 def test_a_rolling_restart_behind_the_balancer_is_not_noticed_and_a_lost_host_loses_only_requests_it_was_reading(
         hosts, run, schemas, tmp_path):
