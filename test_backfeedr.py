@@ -11589,6 +11589,15 @@ def test_a_report_that_the_database_refuses_loses_no_other_and_health_checks_for
 
 
 @needs_postgres
+@pytest.mark.parametrize("arguments", [["backup", "x"], ["check"], ["--db", "x"], ["app", "list", "--db", "x"],
+                                       ["app", "delete", "default", "--yes", "--db=x"]])
+def test_postgres_refuses_what_names_a_file(schemas, capsys, arguments):
+    with pytest.raises(SystemExit, match="2"):
+        postgres().main([schemas(), *arguments])
+    assert " is for SQLite's file; " in capsys.readouterr().err
+
+
+@needs_postgres
 @pytest.mark.parametrize("arguments, settings, problem", [
     (["--port", "0"], {}, "cannot open the database: *"), (["app", "list"], {}, "cannot open the database: *"),
     (["--port", "0"], {"BACKFEEDR_MAX_DB_SIZE": "1000000000"},

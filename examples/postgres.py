@@ -521,8 +521,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("url", metavar="URL", help="postgresql://USER@HOST/DATABASE, or key=value pairs of libpq")
     parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER)
     given = parser.parse_args(argv)
-    if {"backup", "check", "--db"} & set(given.arguments[:1]):
-        parser.error(f"{given.arguments[0]} is for SQLite's file; to copy a PostgreSQL database, see pg_dump")
+    options = {each.partition("=")[0] for each in given.arguments}
+    if names := {"backup", "check"} & {*given.arguments[:1]} or {"--db"} & options:
+        parser.error(f"{names.pop()} is for SQLite's file; to copy a PostgreSQL database, see pg_dump")
     return backfeedr.main(given.arguments, make=lambda *args, **options: PostgresBackfeedr(given.url, *args, **options),
                           open_store=lambda path, **options: PostgresStore(given.url, **options))
 
