@@ -3341,6 +3341,8 @@ class Closing(AbstractContextManager[Any]):
 class Connection(sqlite3.Connection):
     """A connection in autocommit mode. It never creates the file: a deleted database must not come back empty."""
 
+    stream = sqlite3.Connection.execute  # other engines would read all rows before the first is used
+
     def __init__(self, path: Path, query_only: bool = False, mode: str = "rw"):
         super().__init__(f"{path.as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT,
                          isolation_level=None, check_same_thread=False, cached_statements=CACHED_STATEMENTS)
@@ -3667,7 +3669,7 @@ class Database(Closing):
         """The rows of a query, of which the first column is the seq, in pages: one long read would keep the WAL
         growing. The parameters of the query are the seq after which a page begins, the given ones, and a limit."""
         while True:
-            with self.reading() as db, closing(db.execute(query, (after, *parameters, STEP_ROWS))) as rows:
+            with self.reading() as db, closing(db.stream(query, (after, *parameters, STEP_ROWS))) as rows:
                 page = list(rows_that_fit(rows, PAGE_CHARACTERS, text_size))
             if not page:
                 return

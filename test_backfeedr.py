@@ -28,6 +28,7 @@ import os
 import plistlib
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -4805,6 +4806,19 @@ def test_imported_reports_make_the_same_rows_sums_and_answers_in_any_order_and_e
     assert hand_over(server, third) == {"stored": counts["stored"] - 9, "known": 9}
     assert hand_over(third, server) == {"stored": theirs, "known": counts["stored"]}
     assert (named_rows(third), answers(third)) == (named_rows(server), answers(server)), "both have all reports"
+
+
+def test_an_export_keeps_only_a_few_large_reports_in_memory(server):
+    large = parse_crash({**CRASH, "context": {str(n): "x" * 1000 for n in range(200)}})
+    for _ in range(8):
+        server.store.add(KEY_HASH, [large] * 50)
+
+    def exported():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert sum(len(stored.report.extra) > 200_000 for stored in server.store.export(backfeedr.Crash)) == 400
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 40_000  # of 80,000 kB
+
+    assert in_a_child(exported)
 
 
 def test_reports_of_an_app_that_was_just_deleted_can_be_imported_again(server, clock):

@@ -249,6 +249,10 @@ class Connection(psycopg.Connection):
     def execute(self, query: str, parameters: Any = (), **options: Any) -> psycopg.Cursor:
         return super().execute(translated(query), parameters, **options)
 
+    def stream(self, query: str, parameters: Sequence[Any]) -> Iterator[Any]:
+        """The rows of a query, not all of which may fit into memory."""
+        return self.cursor().stream(translated(query), parameters)
+
     def begin_writing(self, shared: bool) -> None:
         """Begins a transaction. If it is not shared, locks out all other writers: by all apps, and by a row that is
         always there, because there may be no app yet."""
