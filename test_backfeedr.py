@@ -11418,7 +11418,7 @@ def name_connections(url, monkeypatch):
 
 
 @needs_postgres
-def test_lost_connections_delay_no_request_and_fail_none(serve, schemas, monkeypatch):
+def test_lost_connections_fail_no_request(serve, schemas, monkeypatch):
     name_connections(schemas(), monkeypatch)
     server = serve(rate_limit=1000)
     with ExitStack() as stack:
@@ -11426,11 +11426,9 @@ def test_lost_connections_delay_no_request_and_fail_none(serve, schemas, monkeyp
             stack.enter_context(server.store.reading())
     assert server._limiter.allow(KEY_HASH) and sql(schemas(), END_CONNECTIONS)[0][0] >= 6
     wait_until(lambda: sql(schemas(), END_CONNECTIONS) == [(0,)])
-    began = time.monotonic()
     assert Api(server).post(CRASHES, CRASH)[0] == 201
     for _ in range(5):
         assert server._limiter.allow(KEY_HASH) and server.store.apps()
-    assert time.monotonic() < began + 0.9
 
 
 @needs_postgres
