@@ -200,7 +200,7 @@ class _Flag(BoolDumper):
 
 
 class _Text(StrDumper):
-    """A text without NUL, which PostgreSQL refuses. No stored text has one, so a search for it finds nothing."""
+    """A text whose NUL, which PostgreSQL refuses, becomes U+FFFD, as in a text that is stored."""
 
     def dump(self, value: str) -> Any:
         return super().dump(value.replace("\0", "\ufffd"))
