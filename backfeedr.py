@@ -310,7 +310,7 @@ create table given_seqs (                  -- ranges that contain every seq ever
     first integer primary key, last integer not null);
 -- state has retention_days; expired_crashes and expired_events, the highest seq that retention deleted; trimmed_day,
 -- when old sums were last deleted; counted_at, the end of the windows of figures unless a later report came. Per app:
--- early_ID, the highest seq deleted early for lack of space; 'worse_ID FIRST_SEEN', when that release was reported as
+-- early_ID, the highest seq deleted early for lack of space; 'worse_ID VERSION', when that release was reported as
 -- worse; deleted_ID, how far the deletion of the app has come: its reports from this seq on are gone.
 create table state (name text primary key, value integer not null) without rowid;
 """
@@ -4384,7 +4384,8 @@ class Deletion(Apps):
                          "channels where app_id = ?", "keys where app_id = ?", "facts where app_id = ?",
                          "apps where id = ?"):
                 db.execute("delete from " + rows, (app_id,))
-            db.execute("delete from state where name = ? or name like ?", (f"early_{app_id}", f"worse_{app_id} %"))
+            db.execute("delete from state where name in (?, ?) or name like ?",
+                       (f"early_{app_id}", f"worse_{app_id}", f"worse_{app_id} %"))  # old files have no version
             db.execute(SET_STATE, (f"deleted_{app_id}", MAX_NUMBER))
             self._drop_waiting_facts(db, name)
 
@@ -4959,7 +4960,7 @@ def worse_releases(db: Connection, now: int) -> list[tuple[ReleasePair, str]]:
     return [(pair, (verdict(*healths) or {})["text"])
             for pair, healths in releases.compared(releases.current()).items()
             if min(healths).devices >= ENOUGH_DEVICES and newcombe_interval(healths[0], healths[1], Z_99)[1] < 0
-            and not get_state(db, f"worse_{pair.app_id} {pair.first_seen}", 0)]
+            and not get_state(db, f"worse_{pair.app_id} {pair.app_version[:40]}", 0)]
 
 
 def note_worse_releases(db: Connection, now: int) -> None:
@@ -4967,7 +4968,7 @@ def note_worse_releases(db: Connection, now: int) -> None:
     for pair, text in worse_releases(db, now):
         note_fact(db, "release.worse", pair.app_id, now, None, app_version=pair.app_version, before=pair.previous,
                   text=text)
-        db.execute(SET_STATE, (f"worse_{pair.app_id} {pair.first_seen}", now))
+        db.execute(SET_STATE, (f"worse_{pair.app_id} {pair.app_version[:40]}", now))
 
 
 def file_warnings(path: Path, max_db_size: int) -> list[str]:
@@ -5344,8 +5345,9 @@ class Alerts:
         if error and (tries < len(RETRY_SECONDS) or now < retry_until):
             pause = RETRY_SECONDS[min(tries, len(RETRY_SECONDS) - 1)] * SECOND
             due_at = now + max(pause, error.retry_after)
-            # due_at: so that _queue_messages knows that it waits for no receiver. Else: when it may be sent early.
-            taken_until = min(now + error.retry_after, due_at - 1) if error.is_receiver_down else due_at
+            taken_until = due_at  # so that it neither counts as waiting for a receiver that is down, nor is sent early
+            if error.is_receiver_down and tries < len(RETRY_SECONDS):  # after ten tries, it is the message
+                taken_until = min(now + error.retry_after, due_at - 1) if error.retry_after else 0
         with self._store.writing(shared=True) as db:  # the channel first, so that two hosts do not deadlock
             db.execute("""
                 update channels set error = ?, error_at = ?, sent_at = coalesce(?, sent_at),
@@ -7091,7 +7093,8 @@ see {{!anchor("Apps", "/apps")}}.""") + _PAGE_LINKS,
 % end
 % versions = sorted(group["versions"]["labels"], key=version_key)
 % first_to_last = " to ".join(dict.fromkeys(versions[:1] + versions[-1:]))
-<div><dt>Versions</dt><dd>{{!text_html(first_to_last or "-", 100)}}{{" and others" * (len(versions) == 20)}}</dd></div>
+% others = " and others" * (len(versions) == 20 and sum(group["versions"]["data"]) < group["count"])
+<div><dt>Versions</dt><dd>{{!text_html(first_to_last or "-", 100)}}{{others}}</dd></div>
 <div><dt>Group</dt><dd><code>{{group["group_hash"]}}</code></dd></div>
 <div><dt>Export</dt><dd>{{!anchor("text", page.path + ".txt")}} {{!anchor("Markdown", page.path + ".md")}}</dd></div>
 </dl><section><h2>{{group["state"].capitalize()}}

@@ -328,14 +328,19 @@ class _Pool:
             if db:
                 with suppress(psycopg.Error):
                     db.rollback()  # does nothing outside of a transaction
-                if self._is_closed or db.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
+                if db.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
                     db.close()
             slots.put(db if db and not db.closed else None)
+            if self._is_closed:
+                self.close()
 
     def close(self) -> None:
         """Closes the connections of this process; those in use when they come back."""
-        self._is_closed, slots = True, self._here
-        for db in [slots.get_nowait() for _ in range(slots.qsize())]:
+        self._is_closed, slots, taken = True, self._here, list[Any]()
+        with suppress(Empty):
+            while True:
+                taken.append(slots.get_nowait())
+        for db in taken:
             if db:
                 db.close()
             slots.put(None)
@@ -526,7 +531,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER)
     given = parser.parse_args(argv)
     options = {each.partition("=")[0] for each in given.arguments}
-    if names := {"backup", "check"} & {*given.arguments[:1]} or {"--db"} & options:
+    if names := {"backup", "check"} & {*given.arguments[:1]} or {"--d", "--db"} & options:
         parser.error(f"{names.pop()} is for SQLite's file; to copy a PostgreSQL database, see pg_dump")
     return backfeedr.main(given.arguments, make=lambda *args, **options: PostgresBackfeedr(given.url, *args, **options),
                           open_store=lambda path, **options: PostgresStore(given.url, **options))
