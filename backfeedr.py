@@ -2484,6 +2484,7 @@ class SeenReleases:
             where {APP_FILTER}
             group by app_id, app_version
             order by first_seen, app_version, app_id""", self._parameters).fetchall()  # the view would read all apps
+        self._sessions_of_release = self._sessions("release_days", "app_id, app_version")
 
     def _sessions(self, table: str, columns: str) -> dict[Row, int]:
         """The sessions in a table with a row per day, by some of its columns."""
@@ -2502,7 +2503,6 @@ class SeenReleases:
         """The latest 100 releases, the last to appear first, as the API shows them."""
         latest = sorted(self._releases, key=itemgetter(2), reverse=True)[:100]  # by first_seen
         names = dict(self._db.execute("select id, name from apps"))
-        of_release = self._sessions("release_days", "app_id, app_version")
         of_app = self._sessions("session_days", "app_id")
         recent = {release[:2] for release in latest if release[2] > self._now - HEALTH_DAYS * DAY}
         verdicts = self.verdicts(recent | self.current().keys())  # on all they would take long
@@ -2514,7 +2514,7 @@ class SeenReleases:
                    "crash_free_sessions": crash_free_rate(crashed_sessions or crashes, sessions) if sessions else None,
                    "by": "session" if crashed_sessions else "count",
                    "crash_free_devices": crash_free_rate(crashed_devices, devices) if devices else None,
-                   "adoption": round(100 * of_release.get(key, 0) / (of_app.get((app_id,)) or 1), 2),
+                   "adoption": round(100 * self._sessions_of_release.get(key, 0) / (of_app.get((app_id,)) or 1), 2),
                    "first_seen": iso_time(first_seen), "last_seen": iso_time(last_seen), "verdict": verdicts.get(key)}
 
     def current(self) -> dict[Row, None]:
@@ -2522,9 +2522,8 @@ class SeenReleases:
         another: a few testers of the next version must not hide a bad release. The newest is the one that appeared
         last; a lower version only if it has more sessions, as the app may have restarted its numbers."""
         newest, most_used = dict[int, Row](), dict[int, Row]()  # by app_id: sessions, version key, version
-        sessions_of = self._sessions("release_days", "app_id, app_version")
         for app_id, version, *_ in self._releases:
-            release = sessions_of.get((app_id, version), 0), version_key(version), version
+            release = self._sessions_of_release.get((app_id, version), 0), version_key(version), version
             other = newest.get(app_id, (-1, (), ""))
             if version != OTHER and (release[1] >= other[1] or release[0] > other[0]):
                 newest[app_id] = release
@@ -3596,8 +3595,8 @@ class Database(Closing):
     Raises StoreError if the file cannot be opened or is not a database of backfeedr. Every method may raise
     StorageUnavailable. `clock` returns seconds since 1970. A subclass of Store for another engine
     (examples/postgres.py) replaces what only SQLite has: `Error`, `Outage`, _open, _connect, _require_same_file,
-    _unavailable, reading, close, _shrink, _fold_in_wal, size, warnings and vitals; and its connections have the methods
-    of Connection.
+    _unavailable, reading, writing, close, _shrink, _fold_in_wal, size, warnings and vitals; and its connections have
+    the methods of Connection.
     """
 
     Error: type[Exception] = sqlite3.Error  # the base of all errors of a connection
