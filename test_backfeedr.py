@@ -8517,6 +8517,27 @@ def raw_post(path=CRASHES, body=CRASH, **headers):
     return f"POST {path} HTTP/1.1\r\n{''.join(lines)}\r\n".encode() + raw
 
 
+@pytest.mark.parametrize("request_bytes, status", [
+    (raw_post(), b"201 Created"), (raw_post(X_Backfeedr_Key="?"), b"401 Unauthorized"),
+    (b"GET /api/v1/health HTTP/1.1\r\nHost: x\r\n\r\n", b"200 OK"),
+    (b"GET /api/v1/nowhere HTTP/1.1\r\nHost: x\r\n\r\n", b"404 Not Found")])
+def test_an_answer_says_its_length_and_whether_the_connection_ends(web_server, request_bytes, status):
+    for change, is_last in (((b"\r\n", b"\r\nConnection: keep-alive\r\n"), False),
+                            ((b"\r\n", b"\r\nConnection: Close\r\n"), True), ((b"HTTP/1.1", b"HTTP/1.0"), True)):
+        connection = connect_and_send(web_server, request_bytes.replace(*change, 1))
+        head, _, body = bytes(read_until(connection, web_server)).partition(b"\r\n\r\n")
+        first, *lines = head.split(b"\r\n")
+        names = [line.partition(b": ")[0] for line in lines]
+        assert first == (b"HTTP/1.0 " if change[1] == b"HTTP/1.0" else b"HTTP/1.1 ") + status
+        assert b"Content-Length: %d" % len(body) in lines and (b"Connection: close" in lines) == is_last
+        assert len({*names}) == len(names) and {b"Date", b"Content-Type"} < {*names}
+        if is_last:
+            wait_until(lambda: read_some(connection, web_server) is None)
+        connection.close()
+    stored = 3 if status.startswith(b"201") else 0
+    assert count(web_server.app, "crashes") == stored
+
+
 @pytest.mark.parametrize("start", [b"", b"G", b"GET /api/v1/health HTTP/1.1\r\nX: ",
                                    b"POST /api/v1/crashes HTTP/1.1\r\nContent-Length: 1000\r\n\r\n",
                                    b"POST /api/v1/crashes HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3e8\r\n"])
