@@ -308,10 +308,11 @@ create index replays_by_age on replays (received_at);
 
 create table given_seqs (                  -- ranges that contain every seq ever assigned
     first integer primary key, last integer not null);
--- state has retention_days; expired_crashes and expired_events, the highest seq that retention deleted; trimmed_day,
--- when old sums were last deleted; counted_at, the end of the windows of figures unless a later report came. Per app:
--- early_ID, the highest seq deleted early for lack of space; 'worse_ID VERSION', when that release was reported as
--- worse; deleted_ID, how far the deletion of the app has come: its reports from this seq on are gone.
+-- state has retention_days; grouping_version; expired_crashes and expired_events, the highest seq that retention
+-- deleted; trimmed_day, when old sums were last deleted; counted_at, the end of the windows of figures unless a later
+-- report came. Per app: early_ID, the highest seq deleted early for lack of space; 'worse_ID VERSION', when that
+-- release was reported as worse; deleted_ID, how far the deletion of the app has come: its reports from this seq on
+-- are gone.
 create table state (name text primary key, value integer not null) without rowid;
 """
 TRIAGE_TABLES = """
@@ -524,6 +525,7 @@ def _version_words(text: str) -> list[tuple[int, int, str]]:
 # Stack frames, and the group of a crash. A group is made of names, never of load addresses or line numbers, so the same
 # fault is one group on all phones and in the next build.
 
+GROUPING_VERSION = 2  # of these rules. A start that finds an older one has all stored crashes moved where they belong
 SYSTEM_BASE = 0x180000000  # Apple's own libraries are loaded from this address on, an app below it
 MAX_SYMBOL = 1000  # characters of a symbol that are used for grouping
 MAX_PATH = 1024  # Darwin's limit
@@ -662,6 +664,7 @@ _COMPILER_PREFIXES = re.compile(
 _COMPILER_SUFFIXES = re.compile(
     r"(?: \+ (?:0x[0-9a-fA-F]+|[0-9]+)| \((?:in [^()]*|[^()]*:[0-9]+|\.[\w.]+)\)| at [^ ():]+(?::[0-9]+){1,2}"
     r"| \[clone [^]]*\]| (?:at )?[\[(]?0x[0-9a-fA-F]+[\])]?|\.(?:cold|resume)"
+    r"|::h[0-9a-f]{16}|\$VARIANT\$\w+|\.[0-9]+Tm"  # the hash of a build by Rust; the chip; a helper by Swift
     r"|T[YQ][0-9]+_|(?:\.(?:cold|llvm|resume|part|constprop|isra))?\.[0-9]+)+")
 _BLOCK = re.compile(r"(?:(?:__[0-9]+)+(?=[-+]\[)|__(?=.*_block_invoke))?(.*?)(?:_block_invoke(?:_[0-9]+)?)+")
 # Functions that are in every program, and those that the compiler makes. They do not tell where a fault is.
@@ -669,12 +672,17 @@ _UNSPECIFIC = re.compile(
     r"(?:_?main|start|_?dyld_start|static .*\$main\(\)(?: -> \(\))?|\$s.*5\$mainyyFZ|<compiler-generated>"
     r"|__debug_main_executable_dylib_entry_point|protocol witness for .*|outlined .*|.* thunk"
     r"|(?:(?:reabstraction|dispatch|non-virtual|virtual) )?thunk (?:for|to|of|helper from) .*)")
-# Functions that a program runs through when it aborts.
+# Functions that a program runs through when it aborts. Some of their runtimes are linked into the app.
 _ABORTING = re.compile(
     r"_*(?:pthread_kill|kill|raise|abort|abort_message|assert_rtn|exceptionPreprocess|objc_exception_throw"
     r"|objc_terminate|cxa_throw|cxa_rethrow|demangling_terminate_handler|assertionFailure|fatalErrorMessage"
     r"|preconditionFailure)\b.*|_?swift_.*|Swift\._?(?:assertionFailure|fatalErrorMessage|preconditionFailure)\b.*"
-    r"|Swift runtime failure: .*|[-+]\[NSException .*|std::(?:__)?terminate.*")
+    r"|Swift runtime failure: .*|[-+]\[NSException .*|std::(?:__)?terminate.*|\w*TerminateHandler\b.*"
+    r"|std::(?:sys|panicking|process)::.*|core::panicking::.*|_*rust_.*|_RNv\w*rust_begin_unwind"  # Rust
+    r"|konan::abort.*|.*(?:terminateWith|process)UnhandledException.*"  # Kotlin
+    r"|xamarin_.*|native_to_managed_.*"  # .NET
+    r"|il2cpp::vm::Exception::.*|il2cpp_codegen_raise_.*|NullCheck\b.*"  # Unity
+    r"|RCTFatal\b.*|-\[RCTExceptionsManager .*")  # React Native
 
 
 @lru_cache(maxsize=2048)
@@ -697,7 +705,7 @@ def _is_specific(label: str) -> bool:
 # The first of these rules that any frame meets chooses the frames of the group: own code, then specific names of other
 # code (symbols before binaries), then whatever there is.
 _GROUP_RULES: Sequence[Callable[[Frame], object]] = (
-    lambda frame: frame.is_own and _is_specific(frame.label),
+    lambda frame: frame.is_own and _is_specific(frame.label) and not _ABORTING.fullmatch(frame.label),
     lambda frame: frame.symbol and _is_specific(frame.label) and not _ABORTING.fullmatch(frame.label),
     lambda frame: frame.label and _is_specific(frame.label) and not _ABORTING.fullmatch(frame.label),
     lambda frame: frame.is_own or frame.symbol,
@@ -951,8 +959,9 @@ def parse_crash(sent: JsonObject, max_size: int = MAX_REPORT_SIZE) -> Crash:
 
 
 def own_frame_names(frames: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The name and then the file of each of the first 20 frames of the app's own code."""
-    own = islice((frame for frame in map(read_frame, frames) if frame.is_own), 20)
+    """The name and then the file of each of the first 20 frames of the app's own code, aborting ones last."""
+    own = sorted(islice((frame for frame in map(read_frame, frames) if frame.is_own), 20),
+                 key=lambda frame: bool(_ABORTING.fullmatch(frame.label)))
     return tuple(name for frame in own for name in (frame.title, frame.file))
 
 
@@ -1243,7 +1252,9 @@ SIGNALS = {  # Darwin's numbers
 EVENT_NAMES = {
     "hangDiagnostic": "Hang", "cpuExceptionDiagnostic": "CPU exception", "appLaunchDiagnostic": "Slow launch",
     "diskWriteExceptionDiagnostic": "Disk write exception"}
-DURATIONS = ("hangDuration", "totalCPUTime", "writesCaused", "totalWritesCaused", "launchDuration")
+DURATIONS = {  # the kinds that they tell
+    "hangDuration": "hangDiagnostic", "totalCPUTime": "cpuExceptionDiagnostic", "launchDuration": "appLaunchDiagnostic",
+    "writesCaused": "diskWriteExceptionDiagnostic", "totalWritesCaused": "diskWriteExceptionDiagnostic"}
 _THREAD_STARTS = ("dyld", "libdyld.dylib", "libsystem_pthread.dylib")
 
 
@@ -1301,6 +1312,9 @@ def _heaviest_path(frames: Any) -> deque[JsonObject]:
 
 
 def _metrickit_diagnostics(payload: JsonObject) -> Iterator[Diagnostic]:
+    if {"callStackTree", "diagnosticMetaData"} <= payload.keys():  # one diagnostic, without its payload
+        meta = _member(payload, "diagnosticMetaData", dict)
+        payload = {next((kind for name, kind in DURATIONS.items() if name in meta), "crashDiagnostic"): payload}
     kinds = [name for name in payload if re.search(r"\wDiagnostics?\Z", name)]
     if not kinds and not payload.keys() & {"timeStampBegin", "timeStampEnd", "timeRange"}:
         hint = "; POST a crash of our own form to /api/v1/crashes" if "exception_type" in payload else ""
@@ -1389,7 +1403,7 @@ def _metrickit_frame(number: int, frame: JsonObject, binary: str) -> JsonObject:
 # == Crash files ===============================================================
 # The crash in an .ips file, or in the text of a .crash file, which is brought into the form of an .ips file first.
 
-_UNCAUGHT = re.compile(r"uncaught exception '([^'\n]{1,200})', reason: '(.*?)(?:'(?: \*\*\*|\n)|'?\Z)", re.S)
+_UNCAUGHT = re.compile(r"uncaught exception '([^\n]{1,500}?)', reason: '(.*?)(?:'(?: \*\*\*|\n)|'?\Z)", re.S)
 _FATAL = re.compile("Fatal error|Precondition failed|Assertion failed|BUG IN ")
 _UNINFORMATIVE = re.compile(r"^(?:abort\(\) called|Performing @selector\(.*)$", re.M)
 
@@ -1406,8 +1420,8 @@ def _ips_crash(header: JsonObject, body: JsonObject) -> JsonObject:
     name, message = (_member(_member(body, "exceptionReason", dict), member, str) for member in (
         "name", "composed_message"))
     reasons = [message, thrown and thrown[2], next(filter(_FATAL.search, informative), ""), *informative[:1],
-               _member(exception, "subtype", str), " ".join(details), _member(termination, "indicator", str),
-               *notes[:1]]
+               " ".join(_member(exception, part, str).strip() for part in ("subtype", "message")).strip(),
+               " ".join(details), _member(termination, "indicator", str), *notes[:1]]
     kept_termination = _plain_members({name: termination.get(name) for name in ("namespace", "code", "indicator")})
     return {
         **_plain_members({
@@ -1417,7 +1431,7 @@ def _ips_crash(header: JsonObject, body: JsonObject) -> JsonObject:
         **({"termination": kept_termination} if kept_termination else {}),
         "exception_type": _exception_type(
             name or (thrown[1] if thrown else ""), _kill_code(termination.get("code"), *details),
-            _member(exception, "type", str), _member(exception, "signal", str)),
+            _member(exception, "type", str), _member(exception, "signal", str).partition(" ")[0]),
         "exception_reason": next(filter(None, reasons), None), "stack_trace": _ips_trace(body),
         "app_version": header.get("app_version") or bundle.get("CFBundleShortVersionString"),
         "build_number": header.get("build_version") or bundle.get("CFBundleVersion"),
@@ -1437,7 +1451,7 @@ def _ips_trace(body: JsonObject) -> list[JsonObject]:
         path, uuid = _member(image, "path", str)[:MAX_PATH], image_uuid(image.get("uuid"))
         binary = (_member(image, "name", str) or path.rpartition("/")[2]).replace("???", "")
         offset = _member_number(frame, "imageOffset") if binary or uuid else None  # without an image it is an address
-        is_own = True if path and path == main_path else is_own_code("", path, None, binary)
+        is_own = True if path and path == main_path else is_own_code("", path, _member_number(image, "base"), binary)
         trace.append(_api_frame(number, binary, uuid, offset, is_own, frame))
     return trace
 
@@ -1450,8 +1464,9 @@ _CRASH_FRAME = re.compile(r"^[0-9]{1,9}[ \t](.*?)0x([0-9a-f]{1,16})\b(.*)", re.M
 _CRASH_SYMBOL = re.compile(  # Cart.total() + 112 (Cart.swift:12), or Cart.total() (in Shop) (Cart.swift:12) + 112
     r"(?!0x)(.*?)(?: \(in [^()]{1,200}\))?(?: \+ [0-9]+)?(?: \[inlined\])?"
     r"(?: \((<compiler-generated>|[^():]{1,200}(?=:)|[^():.][^():]{0,199}\.(?:swift|mm?|[chs]|cc|cpp|cxx|hpp|metal))"
-    r"(?::([0-9]{1,9})(?::[0-9]{1,9})?)?\))?"
+    r"(?::([0-9]{1,9})(?::[0-9]{1,9})?)?\)| \(:-1\))?"
     r"(?: \+ [0-9]+)?(?: \[inlined\])?")
+_BRACKETED = re.compile(r"\A0x[0-9a-f]+ \+ [0-9]+ \((.+)\)\Z")  # 0x1000d8000 + 36288 (-[Cart total] + 168), by KSCrash
 _CRASH_IMAGE = re.compile(
     r"^[ \t]*0x([0-9a-f]{1,16})[ \t]*-[ \t]*0x([0-9a-f]{1,16})[ \t][^<\n]*<([0-9a-f-]+)>(.*)", re.M | re.I)
 
@@ -1463,15 +1478,19 @@ def _crash_text_as_ips(text: str) -> JsonObject:
     header = defaultdict(str, {name: value.strip() for name, value in headers})
     types, termination = _CRASH_TYPE.match(header["Exception Type"]), _TERMINATION.match(header["Termination Reason"])
     version, _, build = header["Version"].replace("???", "").rstrip(") ").partition("(")
-    if re.match(r"iPhone OS ([0-9]|1[0-4])\b", header["OS Version"]):  # wrote the build first
+    # These wrote the build first.
+    if re.match(r"(?:iPhone OS|iOS) ([0-9]|1[0-4])\b|Watch OS [1-7]\b", header["OS Version"]):
         version, build = build, version
-    context = re.search("^<RBSTerminateContext.*", text, re.M)
+    below = re.search(r"^(?:Termination Reason|Dyld Error Message):.*\n[ \t]*(?!Term|Trig|Thread|Exception)(\S.*)",
+                      text, re.M)
     return {
         "exception": {"type": types and types[1], "signal": types and types[2], "codes": header["Exception Codes"],
-                      "subtype": header["Exception Subtype"] or re.sub("^[^A-Z].*", "", header["Exception Codes"])},
-        "termination": {"details": [header["Termination Description"] or (context and context[0])],
+                      "subtype": header["Exception Subtype"] or re.sub("^[^A-Z].*", "", header["Exception Codes"]),
+                      "message": header["Exception Message"]},
+        "exceptionReason": {"composed_message": header["Exception Reason"]},
+        "termination": {"details": [header["Termination Description"] or (below and below[1])],
                         "namespace": termination and termination[1], "code": termination and _integer(termination[2]),
-                        "indicator": termination and termination[3]},
+                        "indicator": termination[3] if termination else header["Termination Reason"]},
         "asi": {"": [_paragraph_after(re.search("^Application Specific Information:.*\n", text, re.M))]},
         "bundleInfo": {"CFBundleShortVersionString": version.strip(), "CFBundleVersion": build.strip(),
                        "CFBundleIdentifier": header["Identifier"]},
@@ -1496,11 +1515,11 @@ def _crash_text_stack(text: str) -> JsonObject:
         lines = [("", digits, "") for digits in re.findall(r"0x([0-9a-f]{1,16})\b", section)]
     starts, frames, images = sorted(images_by_start), list[JsonObject](), list[JsonObject]()
     for binary, digits, place in lines[:2000]:  # Apple's tools write up to 512
-        address, match = int(digits, 16), _CRASH_SYMBOL.fullmatch(place.strip())
+        address, match = int(digits, 16), _CRASH_SYMBOL.fullmatch(_BRACKETED.sub(r"\1", place.strip()))
         start = starts[bisect_right(starts, address) - 1] if starts else 0
         end, image = images_by_start.get(start, (0, {}))
         is_known = start <= address <= end
-        images.append({**(image if is_known else {}), "name": binary.strip()})
+        images.append({**(image if is_known else {"base": address}), "name": binary.strip()})
         symbol, file, line = match.groups() if match else (None, None, None)
         frames.append({"imageIndex": len(frames), "imageOffset": address - start if is_known else None,
                        "symbol": symbol, "sourceFile": file, "sourceLine": int(line) if line else None,
@@ -3510,8 +3529,6 @@ def _recount_2(db: Connection) -> None:
                     {", ".join(f"{name} = max({table}.{name}, excluded.{name})" for name in sums)}""")
             db.execute(f"delete from {table} where {' + '.join(sums)} = 0")
     db.execute("delete from state where name = 'recent_since'")
-    # Names have been made canonical since then, so crashes may belong to other groups.
-    db.execute("insert into regroupings select app_id, group_hash, 0, '' from groups")
 
 
 def _complete_4(db: Connection) -> None:
@@ -3874,6 +3891,11 @@ class Apps(Database):
         key = generated_token = None
         with self.writing() as db:
             db.execute(SET_STATE, ("retention_days", self.retention_days))  # for commands that are not given it
+            if get_state(db, "grouping_version", 1) < GROUPING_VERSION:
+                db.execute("""
+                    insert into regroupings select app_id, group_hash, 0, '' from groups where true
+                    on conflict (app_id, group_hash) do update set seq = 0""")
+                db.execute(SET_STATE, ("grouping_version", GROUPING_VERSION))
             apps = {name for name, in db.execute("select name from apps").fetchall()}
             stored_key = db.execute("select revoked_at from keys where key_hash = ?", (sha256(api_key),)).fetchone()
             if stored_key and stored_key[0]:

@@ -652,7 +652,8 @@ def calls(*names, **more):
     *(("A.b()" + suffix, "A.b()") for suffix in (
         " + 123", " (.cold.1)", " [clone .cold.1]", ".cold.1", ".llvm.1234567", ".resume.0", ".cold",
         " (Cart.swift:12)", " 0x1f4", " at 0x10", ".12 + 4", " + 0x7b", " (in Shop)", " (in Shop) (Cart.swift:12) + 8",
-        " [0x104d1d1d8]", " (0x104d1d1d8)", " at Cart.swift:12", " at a.rs:1:2")),
+        " [0x104d1d1d8]", " (0x104d1d1d8)", " at Cart.swift:12", " at a.rs:1:2", "::h0123456789abcdef",
+        "$VARIANT$armv81", ".6Tm")),
     ("invocation function for block in Cart::total()", "Cart::total()"),
     ("__45__12-[Cart total]_block_invoke_block_invoke_2", "-[Cart total]"),
     ("__24-[Cart totalOf:with:]_block_invoke_2", "-[Cart totalOf:with:]"), ("__cart_total_block_invoke", "cart_total"),
@@ -687,6 +688,14 @@ def test_what_a_compiler_adds_to_a_name_does_not_change_the_group(symbol, name):
     (calls("_assertionFailure(_:_:file:line:flags:)", "swift_unexpectedError", "_swift_runtime_on_report", "A.b()"),
      "A.b()"),
     ([*calls("abort", "raise")], "abort:raise"), ([*calls("aborted()", "x")], "aborted():x"),
+    *(([*calls(name, "A.b()", file="a")], "A.b()") for name in (  # runtimes that are linked into the app
+        "Swift runtime failure: Index out of range", "konan::abort()", "rust_panic", "std::panicking::panic_with_hook",
+        "(anonymous namespace)::terminateWithUnhandledException(ObjHeader*)::$_1::operator()() const",
+        "NullCheck(void*)", "core::panicking::panic_fmt::h0123456789abcdef",
+        "_RNvCsiGVaDesi5rv_7___rustc17rust_begin_unwind", "xamarin_process_managed_exception",
+        "il2cpp::vm::Exception::Raise(Il2CppException*, MethodInfo*)",
+        "-[RCTExceptionsManager reportFatal:stack:]", "FIRCLSTerminateHandler()")),
+    (calls("rust_panic", file="a"), "rust_panic"),
     # Frames without names count as build and offset, or as binary and offset.
     ([{"binary": "UIKitCore", "offset": 7}, {"binary": "Foundation", "offset": 8}], "UIKitCore+7:Foundation+8"),
     ([*calls("abort"), {"binary": "UIKitCore", "offset": 7}], "UIKitCore+7"),
@@ -1367,6 +1376,15 @@ def test_an_apple_report_sent_as_a_crash_is_refused_with_a_detail_that_says_wher
     assert stored(api.server, "crashes", "events") == {"crashes": [], "events": []}
 
 
+@pytest.mark.parametrize("field, kind", [
+    ("signal", "crash"), ("hangDuration", "hang"), ("totalCPUTime", "cpuException"),
+    ("writesCaused", "diskWriteException"), ("launchDuration", "appLaunch")])
+def test_one_diagnostic_of_metrickit_is_read_without_its_payload(field, kind):
+    payload = payload_of(kind + "Diagnostics", meta={**META, field: 5})
+    diagnostic, = payload[kind + "Diagnostics"]
+    assert only(diagnostic) == {**only(payload), "occurred_at": parse_time(NOW)}
+
+
 def test_all_diagnostics_of_a_payload_are_read_in_order():
     kinds = {"appLaunchDiagnostics": "Slow launch", "crashDiagnostics": None, "hangDiagnostics": "Hang",
              "cpuExceptionDiagnostics": "CPU exception", "diskWriteExceptionDiagnostics": "Disk write exception",
@@ -1391,6 +1409,7 @@ KILLED = {"type": "EXC_CRASH", "signal": "SIGKILL"}
 ABORTED = "SIGNAL 6 Abort trap: 6"
 THROWN = {"exceptionName": "NSRangeException", "composedMessage": "index 3 beyond bounds", "className": "NSException"}
 WATCHDOG = "<RBSTerminateContext| domain:10 code:0x8BADF00D explanation:scene-create watchdog>"
+UNQUOTED = "RCTFatalException: TypeError: Cannot read property 'cart' of undefined"
 ASI = "*** Terminating app due to uncaught exception 'NSRangeException', reason: 'it's 3\nof 2'\n%s terminating"
 TYPES = [  # a report, and its exception type and reason
     *[(payload_of(meta=meta), kind, None) for meta, kind in [
@@ -1412,6 +1431,10 @@ TYPES = [  # a report, and its exception type and reason
         ({"exception": {"type": "EXC_BAD_ACCESS", "subtype": "KERN_INVALID_ADDRESS at 0x0"}}, "EXC_BAD_ACCESS",
          "KERN_INVALID_ADDRESS at 0x0"),
         ({"asi": {"CoreFoundation": ["noise", ASI % "libc++"]}}, "NSRangeException", "it's 3\nof 2"),
+        ({"asi": {"CoreFoundation": [ASI.replace("NSRangeException", UNQUOTED) % ""]}}, UNQUOTED, "it's 3\nof 2"),
+        ({"exception": {"type": "EXC_GUARD", "subtype": "GUARD_TYPE_MACH_PORT", "message": " INVALID_NAME on 786 "}},
+         "EXC_GUARD", "GUARD_TYPE_MACH_PORT INVALID_NAME on 786"),
+        ({"exception": {**KILLED, "signal": "SIGKILL - CODESIGNING"}, "termination": {}}, "SIGKILL", None),
         ({"asi": {"a": ["noise"], "b": ["Shop/Cart.swift:12: Fatal error: empty"]}}, "EXC_BREAKPOINT",
          "Shop/Cart.swift:12: Fatal error: empty"),
         ({"exception": KILLED, "asi": {"libsystem_c.dylib": ["abort() called"]}, "exceptionReason": {
@@ -1433,6 +1456,17 @@ TYPES = [  # a report, and its exception type and reason
         ((ABORTED, "Namespace SPRINGBOARD, Code 0x8badf00d"), "0x8badf00d", None),
         ((ABORTED, "RUNNINGBOARD 3735883980 "), "0xdead10cc", None),
         ((ABORTED, "FRONTBOARD\n" + WATCHDOG), "0x8badf00d", WATCHDOG),
+        ((ABORTED, "DYLD 1 Library missing\nLibrary not loaded: @rpath/Kit\nReferenced from: Shop"), "SIGABRT",
+         "Library not loaded: @rpath/Kit"),
+        ((ABORTED, "DYLD, [0x5] Code Signature\n\nDyld Error Message:\n  Library not loaded: @rpath/Kit"), "SIGABRT",
+         "Library not loaded: @rpath/Kit"),
+        ((ABORTED, "TCC 0 \nThis app has crashed, for lack of a key"), "SIGABRT",
+         "This app has crashed, for lack of a key"),
+        ((ABORTED, "TCC, This app has crashed, for lack of a key"), "SIGABRT",
+         "TCC, This app has crashed, for lack of a key"),
+        (("(SIGABRT)", "(SIGABRT)\nException Reason: +[Cart a]: unrecognized"), "SIGABRT", "+[Cart a]: unrecognized"),
+        (("(SIGABRT)", "(SIGABRT)\nException Subtype: GUARD_X\nException Message: on port 7"), "SIGABRT",
+         "GUARD_X on port 7"),
         (("Triggered", "Application Specific Information:\n" + ASI % "x" + "\n\nTriggered"),
          "NSRangeException", "it's 3\nof 2")]]]
 
@@ -1455,7 +1489,9 @@ def test_the_os_version_is_the_number_alone(sent, expected):
 @pytest.mark.parametrize("system, head, release", [
     ("iPhone OS 26.1 (23B85)", "", ("1.2.0", "47")), ("macOS 12.1 (21C52)", "", ("1.2.0", "47")),
     ("iPhone OS 15.0", "", ("1.2.0", "47")), ("iPhone OS 14.4 (18D52)", "", ("47", "1.2.0")),
-    ("iPhone OS 9.3", "", ("47", "1.2.0")),
+    ("iPhone OS 9.3", "", ("47", "1.2.0")), ("iOS 8.1.3 (12B466)", "", ("47", "1.2.0")),
+    ("iOS 18.3.1 (22D72)", "", ("1.2.0", "47")), ("Watch OS 6.3", "", ("47", "1.2.0")),
+    ("Watch OS 8.0", "", ("1.2.0", "47")),
     ("iPhone OS 14.4", '{"app_version": "3", "build_version": "4", "bug_type": "109"}\n', ("3", "4"))])
 def test_a_crash_text_has_its_version_first_or_before_ios_15_its_build(system, head, release):
     report = only(head.encode() + crash_text(("iPhone OS 26.1 (23B85)", system)))
@@ -1467,7 +1503,8 @@ def test_a_crash_text_has_its_version_first_or_before_ios_15_its_build(system, h
     ("Cart.total() (in Shop) (Cart.swift:12) + 80", "Cart.swift", 12), ("Cart.total() (in Shop) + 80", None, None),
     ("Cart.total() + 80 (<compiler-generated>)", None, None), ("Cart.total() + 80", None, None),
     ("Cart.total() + 80 (Cart.swift:12) [inlined]", "Cart.swift", 12), ("Cart.total()", None, None),
-    ("Cart.total() (Cart.swift:12:5) + 80", "Cart.swift", 12)])
+    ("Cart.total() (Cart.swift:12:5) + 80", "Cart.swift", 12), ("Cart.total() + 80 (:-1)", None, None),
+    ("0x100400000 + 32 (Cart.total() + 80)", None, None)])  # KSCrash's
 def test_a_frame_of_a_crash_text_has_its_name_file_and_line_in_any_form_of_apples_tools(place, file, line):
     frame = only(crash_text(("Cart.total() + 4 (Cart.swift:12) [inlined]", place)))["stack_trace"][1]
     assert (frame["symbol"], frame.get("file"), frame.get("line")) == ("Cart.total()", file, line)
@@ -1526,11 +1563,18 @@ def test_a_frame_of_metrickit_has_an_offset_and_is_own_below_the_system_librarie
 
 
 @pytest.mark.parametrize("changes, is_own", [
-    ({}, True), ({"path": "/opt/tool"}, True), ({"path": "/opt/other"}, False), ({"path": ""}, None),
-    ({"path": None}, None), ({"path": "/var/Shop.app/Frameworks/libswiftUI.dylib", "name": "libswiftUI.dylib"}, False)])
+    ({}, True), ({"path": "/opt/tool"}, True), ({"path": "/opt/other"}, False), ({"path": ""}, True),
+    ({"path": None, "base": 0x1a0000000}, False), ({"path": None, "base": None}, None),
+    ({"path": "/var/Shop.app/Frameworks/libswiftUI.dylib", "name": "libswiftUI.dylib"}, False)])
 def test_an_image_inside_the_app_or_that_of_the_process_is_own_code(changes, is_own):
     body = ips_of(procPath="/opt/tool", usedImages=[{**IMAGES[0], **changes}])
     assert "in_app" not in trace_of(body)[0] and trace_of(body)[1].get("in_app") is is_own
+
+
+def test_without_images_the_load_address_tells_the_own_code_of_a_crash_text():
+    text, _ = crash_text(("UIApplicationMain + 340", "start (Main.c:3)")).split(b"Binary Images")
+    assert [(frame.get("file"), frame["in_app"]) for frame in trace_of(text)] == [
+        ("Main.c", False), ("Cart.swift", True), (None, True)]
 
 
 @pytest.mark.parametrize("changes, expected", [
@@ -2760,6 +2804,25 @@ def test_crashes_that_stay_in_their_group_during_a_catch_up_do_not_regress_it(se
     sql_run(server, "insert into regroupings select app_id, group_hash, 0, '' from groups")
     server.store.catch_up()
     assert sql(server, "select images from crashes") == [(None,)] and state_of(server) == "resolved"
+
+
+def test_crashes_of_older_rules_move_to_the_groups_of_the_new_ones_with_their_decisions(keeping, clock):
+    server = keeping()
+    for changes in ({}, {"exception_reason": "Another."}, {"exception_type": "B"}):
+        add(server, **{**CRASH, **changes})
+    group = next(row["group_hash"] for row in server.metrics.groups()["groups"] if row["exception_type"] != "B")
+    old = "0123456789abcdef"
+    for table in ("crashes", "groups", "group_days"):
+        sql_run(server, f"update {table} set group_hash = '{old}' where group_hash = '{group}'")
+    server.store.triage(old, {"state": "resolved"})
+    for version, moved in ((backfeedr.GROUPING_VERSION, 0), (1, 2)):
+        sql_run(server, f"update state set value = {version} where name = 'grouping_version'")
+        server = keeping()
+        server.store.catch_up()
+        assert count(server, "crashes", f"group_hash = '{group}'") == moved and count(server, "crashes") == 3
+    assert sql(server, "select group_hash, target from group_aliases") == [(old, group)]
+    assert server.metrics.group(group)["state"] == "resolved"
+    assert sql(server, "select value from state where name = 'grouping_version'") == [(backfeedr.GROUPING_VERSION,)]
 
 
 def test_state_and_history_outlive_the_crashes_so_a_later_crash_can_be_a_regression(serve, clock):
