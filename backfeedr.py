@@ -2060,7 +2060,8 @@ NAME_DAYS = KEY_DAYS = 90  # days for which events by name, and requests by key,
 HEALTH_DAYS = 90       # the age up to which a release is compared with the previous one
 STEP_ROWS = 1000       # rows, or pages, that one step deletes, or that an export reads at a time
 SEARCHED_CRASHES = 10_000  # that a deletion reads to find the latest one of each group: more would hold up writers
-MAX_RELEASES, MAX_BUILDS_OF_APP = 1000, 2000  # of each app
+MAX_NAMES = 1000  # releases of an app, and its exception types and device models of which crashes are kept
+MAX_BUILDS_OF_APP = 2000
 MAX_ANSWER = 60_000    # bytes of JSON for the rows of a public answer, so that the whole answer stays below 64 kB
 
 OTHER = "(other)"      # stands for new names beyond these limits, which are per app and UTC day
@@ -2900,6 +2901,9 @@ create table new_names (                   -- how many were new on a UTC day
 """
     FIELDS = {kind: {name: columns_getter(kind, name) for name in names} for kind, names in (
         (Crash, ("group_hash", "exception_type", "device_model", "app_version")), (Event, ("app_version", "name")))}
+    STORED = {"app_version": "select count(distinct app_version) from builds where app_id = ?", **{
+        name: f"select count(*) from labels where app_id = ? and field = '{name}' and day = {ALL_DAYS}"
+        for name in ("exception_type", "device_model")}}
 
     def __init__(self, db: Any, known: set[Row]):
         self._db, self._known = db, known
@@ -2948,10 +2952,9 @@ create table new_names (                   -- how many were new on a UTC day
                 select coalesce(sum(names), 0) from new_names where app_id = ? and day = ? and field = ?
                 """, key).fetchone()
             room = MAX_NEW_NAMES[key[2]] - used
-            if key[2] == "app_version":
-                releases, = self._db.execute("select count(distinct app_version) from builds where app_id = ?",
-                                             key[:1]).fetchone()
-                room = min(room, MAX_RELEASES - releases)
+            if key[2] in self.STORED:  # their number decides how long a public answer takes
+                stored, = self._db.execute(self.STORED[key[2]], key[:1]).fetchone()
+                room = min(room, MAX_NAMES - stored)
             if accepted := names[:max(0, room)]:
                 upsert(self._db, "new_names", [(*key, len(accepted))], "names = new_names.names + excluded.names")
                 self.accepted.update(accepted)
@@ -3059,7 +3062,7 @@ class RollUps:
             select app_id, app_version from builds
             where app_id in (
                 select app_id from builds where app_id in (select id from apps)
-                group by app_id having count(distinct app_version) >= {MAX_RELEASES})
+                group by app_id having count(distinct app_version) >= {MAX_NAMES})
             group by app_id, app_version
             having max(last_seen) < ? limit ?""", (oldest - SECOND, STEP_ROWS)).fetchall()
         for table in ("builds", "release_sums", "release_hours"):
@@ -5012,7 +5015,8 @@ CHAT_BYTES = 1800  # of a chat message: Discord takes 2,000 characters, ntfy 4,0
 FACT_LENGTH = 300  # characters of a fact in a chat message
 SEND_TIMEOUT = 15.0  # seconds
 # Keeps a chat from reading text as markup or as a mention of somebody.
-_MARKUP_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "@\u200b", "]": "]\u200b"})
+_MENTION_ESCAPES = str.maketrans({"@": "@\u200b", "]": "]\u200b"})
+_MARKUP_ESCAPES = {**_MENTION_ESCAPES, **str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})}
 
 
 class DeliveryError(StoreError):
@@ -5053,8 +5057,9 @@ def _send_to_ntfy(message: Message, now: int) -> None:
 
 
 def _send_by_apprise(message: Message, now: int) -> None:
-    title, *lines = message_lines(message, True, {})
-    if not _apprise_sender(message["url"]).notify(title=title, body="\n".join(lines)):
+    title, *lines = message_lines(message, True, _MENTION_ESCAPES)
+    # Otherwise Apprise would take the text for HTML where a channel may get that.
+    if not _apprise_sender(message["url"]).notify(title=title, body="\n".join(lines), body_format="text"):
         raise DeliveryError("Apprise could not send it")
 
 
@@ -6722,7 +6727,9 @@ class Dashboard:
         try:
             is_form, is_open = page.environ["REQUEST_METHOD"] == "POST", page.path in ("/sign-in", "/crashes.atom")
             if not is_open and not self._load_session(page):
-                return page.redirect("/sign-in?" + urlencode({"next": page.path_and_query.replace("/sign-out", "/")}))
+                # Cut, because nginx takes a host for broken if the headers of an answer have more than 4 kB.
+                target = page.path_and_query.replace("/sign-out", "/")[:1000]
+                return page.redirect("/sign-in?" + urlencode({"next": target}))
             if is_form:
                 page.read_form()
             return handler(page, **path)

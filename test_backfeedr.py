@@ -3515,7 +3515,7 @@ def test_hours_of_a_release_are_deleted_when_no_verdict_needs_them(keeping, late
 def test_releases_beyond_the_limits_of_a_day_and_of_an_app_count_as_other_which_is_never_the_newest(
         keeping, later, monkeypatch):
     monkeypatch.setitem(backfeedr.MAX_NEW_NAMES, "app_version", 1)
-    monkeypatch.setattr(backfeedr, "MAX_RELEASES", 5)
+    monkeypatch.setattr(backfeedr, "MAX_NAMES", 5)
     server = keeping(0)
     for version, sessions in (("1.0", 1), ("2.0", 3)):
         later(server, 1, times=sessions, type="session_start", app_version=version)
@@ -3526,6 +3526,21 @@ def test_releases_beyond_the_limits_of_a_day_and_of_an_app_count_as_other_which_
         later(server, A_DAY, exception_type="SIGABRT", app_version=f"1.{n}")
     assert {row["app_version"] for row in Api(server).get("/api/v1/releases", **ADMIN)[1]["releases"]} \
         == {"(other)", *(f"1.{n}" for n in range(4))}
+    check_database(server)
+
+
+def test_types_and_models_beyond_the_limit_of_an_app_count_as_other_until_others_expire(keeping, later, monkeypatch):
+    monkeypatch.setattr(backfeedr, "MAX_NAMES", 3)
+    server = keeping(10)
+    for n in range(5):
+        later(server, A_DAY, exception_type=f"E{n}", device_model=f"iPhone{n},1")
+    for seconds in (7.5 * A_DAY, 1):  # E0 and E1 expire after the first
+        later(server, seconds, exception_type="E9", device_model="iPhone9,1")
+    for question, label in (("crash-types", "E{}"), ("devices", "iPhone{},1")):
+        answer = Api(server).get(f"/api/v1/metrics/{question}")[1]
+        assert dict(zip(answer["labels"], answer["data"])) == {
+            "(other)": 3, label.format(2): 1, label.format(9): 1}
+    assert count(server, "crashes") == 5
     check_database(server)
 
 
@@ -4044,7 +4059,7 @@ def test_two_starts_of_a_session_at_once_count_alike_in_whatever_order_they_are_
 
 
 def test_releases_without_reports_make_room_for_new_ones_when_there_are_as_many_as_may_be(keeping, clock, monkeypatch):
-    monkeypatch.setattr(backfeedr, "MAX_RELEASES", 5)
+    monkeypatch.setattr(backfeedr, "MAX_NAMES", 5)
     server = keeping(30)
     for n in range(4):
         add(server, app_version=f"1.{n}", device_id_hash="d")
@@ -5621,18 +5636,19 @@ def test_other_addresses_go_through_apprise_if_it_is_installed(server, clock, mo
             self.url = url
             return url.startswith("tgram:")
 
-        def notify(self, title, body):
-            notified.append((self.url, title, body))
+        def notify(self, title, body, body_format):
+            notified.append((self.url, title, body, body_format))
             return len(notified) > 1
 
     monkeypatch.setitem(sys.modules, "apprise", SimpleNamespace(Apprise=Apprise))
     with pytest.raises(StoreError, match="no address that Apprise knows"):
         server.alerts.add("other://a/b")
     assert server.alerts.add("tgram://bottoken/ChatID")[1] == ""
-    note(server)
+    note(server, exception_type="[x](y)@all")
     for seconds, outcome, error in ((60, ONE_FAILED, "Apprise could not send it"), (5, ONE_SENT, None)):
         assert deliver_later(server, clock, seconds) == outcome and channel_values(server, "error") == (error,)
-    message = ("tgram://bottoken/ChatID", "backfeedr: 1 new", "New: SIGABRT in Cart.pay() (default 1.3.0)")
+    message = ("tgram://bottoken/ChatID", "backfeedr: 1 new",
+               "New: [x]\u200b(y)@\u200ball in Cart.pay() (default 1.3.0)", "text")
     assert notified == [message] * 2
     monkeypatch.setitem(sys.modules, "apprise", None)
     note(server)
@@ -7431,6 +7447,7 @@ def test_links_and_the_cookie_use_the_path_and_the_scheme_of_the_server(serve):
         assert {flag.lower() for flag in flags} == {
             "httponly", "samesite=lax", "path=/here/", "max-age=604800", *secure}, (prefix, scheme, headers)
     assert web.get("/crashes/%C3%A9", status=303).headers["Location"] == "/here/sign-in?next=%2Fcrashes%2F%25C3%25A9"
+    assert len(web.get("/?a=" + "%FF" * 1000, status=303).headers["Location"]) < 3100, "nginx takes 4 kB of headers"
 
 
 def test_the_curl_line_names_the_address_of_the_server(serve):
