@@ -3630,7 +3630,7 @@ class Database(Closing):
         self._open(path, may_create)
 
     def _open(self, path: str, may_create: bool) -> None:
-        self.path = Path(path).absolute()
+        self.path = Path(path).resolve()  # as SQLite does: its WAL is beside the file, and not beside a link
         _prepare_file(self.path, may_create)
         self._file_status = os.stat(self.path)
 
@@ -6021,7 +6021,7 @@ class Metrics(GroupMetrics):
         device = device_key(device_id_hash)
         with self._snapshot() as (db, _):
             apps = dict_rows(db, """
-                select app_id, name as app, first_day, last_hour from devices join apps on apps.id = app_id
+                select app_id, name as app, first_day, last_hour from apps cross join devices on app_id = apps.id
                 where device = ? order by name""", (device,))
             for app in apps:
                 key = app.pop("app_id"), device
@@ -7929,43 +7929,49 @@ SWITCH_INTERVAL = 0.002  # seconds that a thread may keep the interpreter while 
 
 def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> None:
     """Serves until SIGTERM or SIGINT. Raises OSError if it cannot listen, and ImportError without waitress, both before
-    a database is made: the secrets of a first start are shown only once. `make` gets the settings with the real port,
-    and `announce`, a function that takes a text to print."""
+    a database is made. `make` gets the settings with the real port, and `announce`, a function that takes a text to
+    print."""
     if waitress is None:
         raise ImportError(_MISSING_PACKAGE.format("waitress"))
     listener = _listen(settings.host, settings.port)
     settings = replace(settings, port=listener.getsockname()[1])
-    announcements: list[str] = []
+    announcements: list[str] = []  # not printed yet
     if settings.verbose:
         log.addHandler(logging.StreamHandler())
         log.setLevel(logging.INFO)
-    with listener, make(settings, announce=announcements.append) as app, app.alerts.running():
-        server = _make_server(app, settings, listener)
-        stopping = threading.Event()
+    try:
+        with listener, make(settings, announce=announcements.append) as app, app.alerts.running():
+            _run_server(app, settings, listener, announcements)
+    except BaseException:  # a full disk, too few threads: the secrets of a first start cannot be shown again
+        print("".join(announcements), end="", file=sys.stderr)
+        raise
 
-        def stop(*_: Any) -> None:
-            stopping.set()
-            server.pull_trigger()
 
-        signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGINT, stop)
-        try:
-            print("backfeedr on", _url(settings.host, settings.port), flush=True)
-            print("".join(announcements), end="", flush=True)
-        except OSError:  # a full disk: the secrets cannot be shown again
-            print("".join(announcements), end="", file=sys.stderr)
-            raise
-        app.store.catch_up_in_background()  # finishes what a migration or a stop left undone
-        if (warning := _unencrypted_warning(settings, listener.getsockname()[0])) and sys.stderr:
-            sys.stderr.write(warning)
-        # The default of 5 ms starves the I/O thread, which needs the interpreter back after each call. Much less
-        # would wake waiting threads too often. These three are not set at import, which may happen in a host app.
-        sys.setswitchinterval(SWITCH_INTERVAL)
-        gc.freeze()  # the collector then skips what stays anyway: saves 5 % of a batch's time
-        gc.set_threshold(20_000)  # fewer passes over the objects of a commit, which has no cycles: saves 1 to 5 %
-        while not stopping.is_set():
-            server.asyncore.loop(timeout=1, use_poll=True, map=server._map, count=1)
-        _drain(server)
+def _run_server(app: Backfeedr, settings: Settings, listener: socket.socket, announcements: list[str]) -> None:
+    server = _make_server(app, settings, listener)
+    stopping = threading.Event()
+
+    def stop(*_: Any) -> None:
+        stopping.set()
+        server.pull_trigger()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    out = sys.stdout or sys.stderr
+    print("backfeedr on", _url(settings.host, settings.port), file=out, flush=True)
+    print("".join(announcements), end="", file=out, flush=True)
+    announcements.clear()
+    app.store.catch_up_in_background()  # finishes what a migration or a stop left undone
+    if (warning := _unencrypted_warning(settings, listener.getsockname()[0])) and sys.stderr:
+        sys.stderr.write(warning)
+    # The default of 5 ms starves the I/O thread, which needs the interpreter back after each call. Much less would wake
+    # waiting threads too often. These three are not set at import, which may happen in a host app.
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    gc.freeze()  # the collector then skips what stays anyway: saves 5 % of a batch's time
+    gc.set_threshold(20_000)  # fewer passes over the objects of a commit, which has no cycles: saves 1 to 5 %
+    while not stopping.is_set():
+        server.asyncore.loop(timeout=1, use_poll=True, map=server._map, count=1)
+    _drain(server)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -8049,12 +8055,15 @@ def backup(store: Store, path: Path) -> None:
     if path.exists():
         raise StoreError(f"the file {path} already exists")
     try:
-        # A temporary file has mode 0600, and is deleted even after an error.
-        with tempfile.NamedTemporaryFile(prefix=path.name + ".", suffix=".partial", dir=path.parent) as unfinished, \
+        # This folder is closed to others, and is deleted even after an error.
+        with tempfile.TemporaryDirectory(prefix=path.name + ".", suffix=".partial", dir=path.parent) as folder, \
                 closing(Connection(store.path, mode="ro")) as db:
-            db.execute("vacuum into ?", (unfinished.name,))
-            os.fsync(unfinished.fileno())
-            os.link(unfinished.name, path)  # fails if another file has taken the name meanwhile
+            unfinished = os.path.join(folder, "copy")
+            with open(os.open(unfinished, os.O_CREAT | os.O_RDWR, 0o600)) as file:
+                db.execute("vacuum into ?", (unfinished,))
+                os.fsync(file.fileno())
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))  # fails if another file has taken the name meanwhile
+            os.replace(unfinished, path)  # os.link would do both, but exFAT has no links
     except (OSError, sqlite3.Error) as error:
         raise StoreError(f"cannot write the backup {path}: {getattr(error, 'strerror', error)}") from None
 
@@ -8412,7 +8421,7 @@ def _report_counts(rows: Counter[str]) -> str:
 
 
 def _run_checks(overrides: dict[str, Any]) -> int:
-    path = Path(overrides.get("db_path") or os.environ.get("BACKFEEDR_DB_PATH") or Settings.db_path).absolute()
+    path = Path(overrides.get("db_path") or os.environ.get("BACKFEEDR_DB_PATH") or Settings.db_path).resolve()
     checks: dict[str, Callable[[Path], str]] = {  # each returns what it found, or raises an error
         "settings": lambda _: f"{len(fields(Settings.from_env(**overrides)))}, all good",
         "SQLite": lambda _: check_sqlite(), "file": _check_file, "schema": _check_schema, "pages": _check_pages,
@@ -8459,7 +8468,8 @@ def main(argv: Sequence[str] | None = None, make: Callable[..., Backfeedr] = Bac
         except BrokenPipeError:  # nobody reads the output any more, nor what Python flushes when it exits
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 1
-        except (KeyboardInterrupt, SettingsError, StoreError, Refusal, OSError, UnicodeError, ImportError) as error:
+        except (KeyboardInterrupt, SettingsError, StoreError, Refusal, OSError, RuntimeError, UnicodeError,
+                ImportError) as error:  # RuntimeError: Python cannot start a thread
             problem = "interrupted" if isinstance(error, KeyboardInterrupt) else error
             print(f"backfeedr: {problem}", file=sys.stderr)
             return 1

@@ -9558,6 +9558,34 @@ def test_an_import_without_disk_and_an_interrupted_export_end_with_one_line(comm
     assert command("export", "events") == (1, "", "backfeedr: interrupted\n")
 
 
+@pytest.mark.parametrize("cause", ["no thread", "full", "closed"])
+def test_a_first_start_that_cannot_print_its_secrets_shows_them_on_standard_error(command, monkeypatch, cause):
+    failure = RuntimeError("can't start new thread") if cause == "no thread" else OSError("No space left on device")
+    if cause == "closed":
+        monkeypatch.setattr(sys, "stdout", None)
+    elif cause == "full":
+        monkeypatch.setattr(sys.stdout, "write", raising(failure))
+    # The last is called after the secrets were shown, and ends this server.
+    monkeypatch.setattr(backfeedr, "_make_server" if cause == "no thread" else "_unencrypted_warning", raising(failure))
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
+    status, _, err = command("serve", "--port", "0")
+    for handler in handlers:
+        signal.signal(*handler)
+    assert status == 1 and err.endswith(f"backfeedr: {failure}\n")
+    assert len(re.findall("(?m)^    bf_(?:live|admin)_[0-9a-f]{32}$", err)) == 2
+
+
+@sqlite_only
+def test_behind_a_link_the_wal_is_seen_and_the_database_is_made(command, tmp_path):
+    Path("data").mkdir()
+    Path("link.db").symlink_to("data/real.db")
+    with Backfeedr(Settings(db_path="link.db", api_key=KEY, auth_token=TOKEN, rate_limit=0)) as server:
+        add(server, 50, type="custom")
+        wal = os.stat("data/real.db-wal").st_size
+        assert scraped(Api(server))["wal_bytes"] == wal > 0
+        assert f"WAL {wal / 1e6:.1f} MB" in command("check", "--db", "link.db")[1]
+
+
 def test_a_backup_is_complete_or_not_there_and_replaces_no_file(command, filled, monkeypatch):
     tables, copy = stored(filled), Path("copy.db").absolute()
     status, out, err = command("backup", "copy.db")
