@@ -34,7 +34,7 @@ extension Backfeedr.Client {
                 client.wentToBackground()
                 // Asks the system not to suspend the app between a request and its answer.
                 ProcessInfo.processInfo.performExpiringActivity(withReason: "Backfeedr") { isOver in
-                    if !isOver { client.wait(seconds: 20) { await $0.send() } }
+                    if !isOver { client.wait(seconds: 20) { await $0.send(isAsked: true) } }
                 }
             }
         }

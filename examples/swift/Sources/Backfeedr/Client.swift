@@ -229,6 +229,7 @@ extension Backfeedr {
         @discardableResult
         func send(isAsked: Bool = false) async -> Bool {
             if !front.with({ $0.isEnabled }) { empty() }
+            while isAsked, let sending { await sending.value }  // it leaves out what has come since it began
             _ = drain()
             prune()
             let waited = now().timeIntervalSince(pausedAt)  // below 0 if the clock was set back since
@@ -254,8 +255,9 @@ extension Backfeedr {
 
         private func sendAll() async {
             defer { sending = nil }
-            while let next = names().min(by: { (stumbles[$0] ?? 0, $0) < (stumbles[$1] ?? 0, $1) }) {
-                if next == batch?.name { batch = nil }
+            batch = nil  // events that come meanwhile wait: else requests would follow each other on a slow network
+            while let next = names().filter({ $0 != batch?.name })
+                .min(by: { (stumbles[$0] ?? 0, $0) < (stumbles[$1] ?? 0, $1) }) {
                 let name = closed(next)
                 guard await settle(name, post(name)) else { return }
             }

@@ -96,6 +96,38 @@ final class SendingTests: XCTestCase {
         check(await waitUntil { await phone.files.isEmpty && script.requests.count == 1 })
     }
 
+    func testEventsThatComeDuringARequestAreCollectedForTheNext() async throws {
+        let script = Script(.stored), phone = await Phone(transport: { request in
+            if script.requests.count < 5 {
+                Backfeedr.track("during request \(script.requests.count)")
+                await Backfeedr.client?.gather()
+            }
+            return try await script.transport(request)
+        })
+        phone.track(["a"])
+        await phone.client.send()
+        equal(script.requests.count, 1)
+        phone.track(["b"])
+        await phone.flush()
+        equal(try script.events().map { $0["name"] as? String }, ["during request 0", "b"])
+    }
+
+    func testAFlushDuringARequestSendsWhatCameSinceItBegan() async throws {
+        let script = Script(.stored), flush = Locked<Task<Bool, Never>?>(nil)
+        let phone = await Phone(transport: { request in
+            if script.requests.isEmpty {
+                Backfeedr.track("b")
+                await Backfeedr.client?.gather()
+                flush.with { $0 = Backfeedr.flush() }
+            }
+            return try await script.transport(request)
+        })
+        phone.track(["a"])
+        await phone.client.send()
+        check(await flush.with { $0 }?.value == true)
+        equal(try script.events().map { $0["name"] as? String }, ["b"])
+    }
+
     func testALineThatWasCutOffIsLeftOut() async throws {
         let phone = await Phone(Server.shared.endpoint, isKnown: false)
         let device = #""device_id_hash":"\#(phone.device)""#
