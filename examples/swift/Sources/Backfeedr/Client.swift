@@ -133,13 +133,13 @@ extension Backfeedr {
             return lines.filter { (try? JSONSerialization.jsonObject(with: $0)) != nil }
         }
 
-        /// Deletes the oldest files beyond the limits.
+        /// Deletes the oldest files beyond the limits, and a file that alone is above them.
         private func prune() {
             var files = 0, bytes = 0
             for name in names().reversed() {
-                files += 1
-                bytes += size(name)
-                if files > Client.maxFiles || bytes > Client.maxBytes { remove(name) }
+                let size = size(name)
+                if files == Client.maxFiles || bytes + size > Client.maxBytes { remove(name); continue }
+                (files, bytes) = (files + 1, bytes + size)
             }
         }
 
@@ -303,7 +303,8 @@ extension Backfeedr {
             case (200...201, _) where answer?.hasID == true, (400, _?), (413, _), (422, _?):
                 (failures, pause, isClockSet) = (0, 0, false)
                 guard answer?.status != 413 || split(name) != nil else { return pause() }
-                return remove(name) || pause()  // a file that cannot be deleted must not be sent again and again
+                remove(name)  // unless it was, to make room for newer ones
+                return !all().contains(name) || pause()  // one that cannot be deleted must not be sent again and again
             case (401, "stale timestamp"):
                 guard let date = answer?.date, !isClockSet else { return pause() }
                 (ahead, isClockSet) = (date.timeIntervalSince(now()), true)

@@ -380,6 +380,25 @@ final class SendingTests: XCTestCase {
         equal(await phone.contents, (20..<120).map { "\($0)" })
         for _ in 0..<12 { await phone.client.receive(Data(count: 500_000)) }
         equal(await phone.files.count, 10)
+        let files = await phone.files
+        await phone.client.receive(Data(count: 5_000_001))
+        equal(await phone.files, files, "a file above the limit deletes itself only")
+    }
+
+    func testAFileThatIsDeletedForNewerOnesWhileItIsSentDoesNotDelayThem() async throws {
+        let waiting = await Phone(isKnown: false), script = Script(.stored)
+        for number in 0..<100 {
+            try Data("\(number)".utf8).write(to: waiting.url(String(format: "%016ld", number) + "-crash-\(UUID())"))
+        }
+        let phone = await Phone(after: waiting, transport: { request in
+            if script.requests.isEmpty {
+                Backfeedr.client?.later { await $0.receive(Data("new".utf8)) }
+                check(await waitUntil { await !waiting.contents.contains("0") })
+            }
+            return try await script.transport(request)
+        }, isKnown: false)
+        await phone.client.open(vendor: phone.vendor)
+        equal(script.bodies, (0..<100).map { "\($0)" } + ["new"])
     }
 }
 
