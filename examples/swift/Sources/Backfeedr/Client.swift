@@ -147,7 +147,14 @@ extension Backfeedr {
         func empty() {
             sending?.cancel()
             batch = nil
-            for name in all() where name != "off" { remove(name) }
+            Client.empty(folder)
+        }
+
+        private static func empty(_ folder: URL) {
+            let names = (try? FileManager.default.contentsOfDirectory(atPath: folder.path)) ?? []
+            for name in names where name != "off" {
+                try? FileManager.default.removeItem(at: folder.appendingPathComponent(name))
+            }
         }
 
         static func isEnabled(in folder: URL) -> Bool {
@@ -161,6 +168,7 @@ extension Backfeedr {
             } else {
                 make(folder)
                 try? Data().write(to: off)
+                empty(folder)
             }
         }
 

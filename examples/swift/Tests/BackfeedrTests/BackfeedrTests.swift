@@ -430,8 +430,12 @@ final class ReportTests: XCTestCase {
         Backfeedr.capture(CartError())
         equal(Backfeedr.deviceID, "")
         check(Backfeedr.isEnabled)
+        let waiting = Client.folder.appendingPathComponent("0001773325351250-crash-\(UUID())")
+        try FileManager.default.createDirectory(at: Client.folder, withIntermediateDirectories: true)
+        try Data().write(to: waiting)
         Backfeedr.isEnabled = false
         check(!Backfeedr.isEnabled)
+        equal(try FileManager.default.contentsOfDirectory(atPath: Client.folder.path), ["off"])
         check(Backfeedr.start(endpoint: server.endpoint, key: key))
         check(await Backfeedr.flush().value)
         equal(Backfeedr.deviceID.count, 64, "it waits for the device, because nothing can be sent before")
