@@ -71,15 +71,6 @@ extension Backfeedr.Client {
     ) {
         _ = NotificationCenter.default.addObserver(forName: name, object: nil, queue: nil) { _ in body(self) }
     }
-
-    private nonisolated func wait(seconds: Double, _ body: @escaping @Sendable (Backfeedr.Client) async -> Void) {
-        let done = DispatchSemaphore(value: 0)
-        later { client in
-            await body(client)
-            done.signal()
-        }
-        _ = done.wait(timeout: .now() + seconds)
-    }
     #endif
 
     /// A frame with what the dynamic linker knows about its address. Of a path, only the part inside the app is kept:

@@ -170,6 +170,16 @@ extension Backfeedr.Client {
     nonisolated func later(_ body: @escaping @Sendable (Backfeedr.Client) async -> Void) {
         Task.detached(priority: .utility) { await body(self) }
     }
+
+    /// Runs a task of the actor and waits for it, but no longer than the seconds.
+    nonisolated func wait(seconds: Double, _ body: @escaping @Sendable (Backfeedr.Client) async -> Void) {
+        let done = DispatchSemaphore(value: 0)
+        later { client in
+            await body(client)
+            done.signal()
+        }
+        _ = done.wait(timeout: .now() + seconds)
+    }
 }
 
 /// The contents of reports, and the places where they are stored and sent.

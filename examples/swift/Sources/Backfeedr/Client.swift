@@ -191,6 +191,8 @@ extension Backfeedr {
             crash["pid"] = pid
             guard let body = try? JSONSerialization.data(withJSONObject: crash) else { return }
             if write(body, newName("crash")) { mark(pid) }
+            // The events before it. Another thread encodes them: a value's description may need a lock of this one.
+            wait(seconds: 1) { await $0.gather() }
         }
 
         /// Records that the process with this pid ended with an exception that was reported.

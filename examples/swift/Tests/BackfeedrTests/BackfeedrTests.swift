@@ -693,6 +693,32 @@ final class AppleTests: XCTestCase {
                         "SIGABRT|None|None|0|None"])
     }
 
+    func testTheEventsJustBeforeAnExceptionAreStoredUnlessOneNeedsALockOfItsThread() async {
+        struct Cart: CustomStringConvertible, Sendable {
+            let phone: Phone, lock: NSLock?
+
+            var description: String {
+                lock?.withLock {}
+                while lock == nil, !phone.all.contains(where: { $0.contains("-exception-") }) { usleep(1000) }
+                return "cart"
+            }
+        }
+        for lock in [nil, NSLock()] {
+            let phone = await Phone(transport: Script(nil).transport)
+            await withCheckedContinuation { done in
+                Thread.detachNewThread {
+                    lock?.lock()
+                    Backfeedr.track("bought", properties: ["cart": Cart(phone: phone, lock: lock)])
+                    phone.client.record(exception: "E", reason: "r", addresses: [])
+                    let kinds = phone.all.map { $0.split(separator: "-")[1] }.sorted()
+                    equal(kinds, lock == nil ? ["crash", "events", "exception"] : ["crash", "exception"])
+                    lock?.unlock()
+                    done.resume()
+                }
+            }
+        }
+    }
+
     func testAnExceptionBeforeTheDeviceIsKnownHasTheSystemButNoDevice() async throws {
         let phone = await Phone(isKnown: false)
         phone.client.record(exception: "E", reason: "at launch", addresses: [])
