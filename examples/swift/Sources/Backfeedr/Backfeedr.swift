@@ -41,14 +41,20 @@ public enum Backfeedr {
     }
 
     /// Reports an error that the app has caught: its type, its description, its place in the source, the breadcrumbs,
-    /// and your context. URLs in the description lose their query and password. Leave out people's names and paths.
+    /// and your context. URLs in the description lose their query and password. Leave out people's names and paths. From
+    /// one place in the source, 100 errors of a session are sent; the number of the others is sent when it ends.
     public static func capture(_ error: any Error, context: [String: any Sendable] = [:],
                                file: String = #fileID, line: Int = #line) {
-        let breadcrumbs = client?.front.with { $0.breadcrumbs } ?? []
+        let place = "\(file):\(line)"
+        let kept = client?.front.with { front in
+            front.errors[place, default: 0] += 1
+            return front.errors[place, default: 0] > Client.maxErrors ? nil : front.breadcrumbs
+        }
+        guard let breadcrumbs = kept else { return }
         client?.add("error") { trimmer in
             ["name": trimmer.text(title(error)), "properties": [
                 "error": trimmer.text(withoutSecrets(String(describing: error))),
-                "place": trimmer.text("\(file):\(line)"),
+                "place": trimmer.text(place),
                 // The newest are the most useful, so the oldest are cut first, and the context before them.
                 "breadcrumbs": Array(breadcrumbs.reversed().map { trimmer.value($0) }.reversed()),
                 "context": trimmer.value(context)]]
@@ -107,6 +113,7 @@ extension Backfeedr {
         var isEnabled: Bool
         var pending: [@Sendable (_ fields: [String: String]) -> Data?] = []  // each encodes a report
         var breadcrumbs: [[String: any Sendable]] = []
+        var errors: [String: Int] = [:]  // how many were captured in this session, by place in the source
         var session = "", leftAt: Date? = .distantPast  // when the app left the foreground; nil while it is there
         var fields: [String: String] = [:]              // of the device and the app; empty until they are known
     }
@@ -150,7 +157,7 @@ extension Backfeedr.Client {
         let isNew = front.with { front in
             defer { front.leftAt = nil }
             guard let leftAt = front.leftAt, abs(at.timeIntervalSince(leftAt)) >= Self.grace else { return false }
-            front.session = UUID().uuidString
+            (front.session, front.errors) = (UUID().uuidString, [:])
             return true
         }
         if isNew { add("session_start") }
@@ -159,11 +166,11 @@ extension Backfeedr.Client {
     /// The app left the foreground. The last end of a session counts, so a session that continues ends again later.
     nonisolated func wentToBackground() {
         let at = now()
-        let wasActive = front.with { front in
+        let (wasActive, unsent) = front.with { front in
             defer { front.leftAt = front.leftAt ?? at }
-            return front.leftAt == nil
+            return (front.leftAt == nil, front.errors.values.reduce(0) { $0 + max(0, $1 - Self.maxErrors) })
         }
-        if wasActive { add("session_end") }
+        if wasActive { add("session_end") { _ in unsent > 0 ? ["properties": ["errors_not_sent": unsent]] : [:] } }
     }
 
     /// Runs a task of the actor without waiting for it.

@@ -10,7 +10,7 @@ import FoundationNetworking
 extension Backfeedr {
     /// Stores the reports of one app until it has sent them to the server.
     actor Client {
-        static let maxPending = 2_000, grace = 30.0, tick = 30.0, markAge = 172_800.0
+        static let maxPending = 2_000, maxErrors = 100, grace = 30.0, tick = 30.0, markAge = 172_800.0
         static let maxFiles = 100, maxBytes = 5_000_000, maxBatch = 100, fullBytes = 256_000, maxBody = 1_000_000
         static let firstPause = 30.0, maxPause = 3_600.0, maxAsked = 86_400.0, maxLeftOut = 10
         static let paths = ["crash": "crashes", "events": "events/batch", "batch": "events/batch",

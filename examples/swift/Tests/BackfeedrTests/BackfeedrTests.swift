@@ -483,6 +483,24 @@ final class ReportTests: XCTestCase {
         equal(rows, ["session_start custom session_end custom session_end|1|149000", "session_start|1|0"])
     }
 
+    func testErrorsInALoopAreSentAHundredTimesASessionAndThenCounted() async throws {
+        let clock = ManualClock(ahead: -1000), phone = await Phone(Server.shared.endpoint, clock: clock)
+        for count in [150, 100] {
+            phone.client.becameActive()
+            for _ in 0..<count { Backfeedr.capture(CartError()) }
+            Backfeedr.capture(CartError(item: 2))
+            phone.client.wentToBackground()
+            clock.move(31)
+        }
+        check(await phone.flush())
+        let rows = try phone.rows("""
+            select sum(type = 'error'), max(json_extract(properties, '$.error')),
+              max(case type when 'session_end' then properties end)
+            from events group by session_id order by min(id)
+            """)
+        equal(rows, ["101|CartError(item: 2)|{\"errors_not_sent\":50}", "101|CartError(item: 2)|None"])
+    }
+
     func testTheLastFiftyBreadcrumbsAreSentAndTheNewestAreKeptIfThereIsNoRoom() async throws {
         let long = Dictionary(uniqueKeysWithValues: (0..<20).map { ("\($0)", String(repeating: "x", count: 2000)) })
         for (letter, isCut) in [("x", false), ("\u{8A9E}", true)] {
