@@ -41,8 +41,9 @@ public enum Backfeedr {
     }
 
     /// Reports an error that the app has caught: its type, its description, its place in the source, the breadcrumbs,
-    /// and your context. URLs in the description lose their query and password. Leave out people's names and paths. From
-    /// one place in the source, 100 errors of a session are sent; the number of the others is sent when it ends.
+    /// and your context. URLs in the description lose their query and password; a file's error is sent as its domain and
+    /// code. Leave out people's names and paths. From one place in the source, 100 errors of a session are sent; the
+    /// number of the others is sent when it ends.
     public static func capture(_ error: any Error, context: [String: any Sendable] = [:],
                                file: String = #fileID, line: Int = #line) {
         let place = "\(file):\(line)"
@@ -53,7 +54,7 @@ public enum Backfeedr {
         guard let breadcrumbs = kept else { return }
         client?.add("error") { trimmer in
             ["name": trimmer.text(title(error)), "properties": [
-                "error": trimmer.text(withoutSecrets(String(describing: error))),
+                "error": trimmer.text(description(of: error)),
                 "place": trimmer.text(place),
                 // The newest are the most useful, so the oldest are cut first, and the context before them.
                 "breadcrumbs": Array(breadcrumbs.reversed().map { trimmer.value($0) }.reversed()),
@@ -90,6 +91,18 @@ public enum Backfeedr {
         }
     }
 
+    /// The description of an error; its domain and code if it, or an error below it, has the path of a file.
+    private static func description(of error: any Error) -> String {
+        var next: NSError? = error as NSError
+        while let below = next {
+            if below.userInfo[NSFilePathErrorKey] ?? below.userInfo[NSURLErrorKey] != nil { return code(of: error) }
+            next = below.userInfo[NSUnderlyingErrorKey] as? NSError
+        }
+        return withoutSecrets(String(describing: error))
+    }
+
+    private static func code(of error: any Error) -> String { "\((error as NSError).domain) \((error as NSError).code)" }
+
     /// Removes passwords, queries and fragments from URLs: the description of a URLError may contain tokens.
     private static func withoutSecrets(_ text: String) -> String {
         text.replacingOccurrences(of: #"://[^\s/?#@]*@"#, with: "://", options: .regularExpression)
@@ -100,7 +113,7 @@ public enum Backfeedr {
     /// The name under which an error is counted: its type, or the domain and code of an NSError.
     private static func title(_ error: any Error) -> String {
         let kind = type(of: error)
-        if kind is NSError.Type { return "\((error as NSError).domain) \((error as NSError).code)" }
+        if kind is NSError.Type { return code(of: error) }
         // The name of a private type contains an address, which differs from launch to launch.
         let context = #"\(unknown context at \$[0-9a-f]+\)\."#
         return String(reflecting: kind).replacingOccurrences(of: context, with: "", options: .regularExpression)

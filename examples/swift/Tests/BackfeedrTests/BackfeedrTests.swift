@@ -529,6 +529,21 @@ final class ReportTests: XCTestCase {
         }
     }
 
+    func testThePathOfAFileIsNotSentWithItsError() async throws {
+        var errors: [any Error] = []
+        let url = URL(fileURLWithPath: "/Users/anna/letter")
+        do { _ = try Data(contentsOf: url) } catch { errors.append(error) }
+        errors.append(CocoaError(.fileReadNoSuchFile, userInfo: [NSURLErrorKey: url]))
+        errors.append(NSError(domain: "Shop", code: 7, userInfo: [NSUnderlyingErrorKey: errors[0]]))
+        for (error, text) in zip(errors, ["NSCocoaErrorDomain 260", "NSCocoaErrorDomain 260", "Shop 7"]) {
+            let script = Script(.stored), phone = await Phone(transport: script.transport)
+            Backfeedr.capture(error)
+            await phone.flush()
+            equal((try script.events()[0]["properties"] as? [String: Any])?["error"] as? String, text)
+            check(!script.bodies[0].contains("anna"), script.bodies[0])
+        }
+    }
+
     func testNoValueLosesAReportOrCrashesTheApp() async throws {
         final class Opaque: Sendable {}
         enum Kind { case book }
