@@ -151,7 +151,8 @@ private final class Payloads: NSObject, MXMetricManagerSubscriber {
     private static func receiveReports(for client: Backfeedr.Client) async {
         let manager = MetricManager()
         for await report in manager.diagnosticReports {
-            if let report = try? JSONEncoder().encode(report) { await client.receive(report) }
+            // The next report must be on the disk before this one is sent.
+            if let report = try? JSONEncoder().encode(report) { client.later { await $0.receive(report) } }
         }
     }
     #endif
