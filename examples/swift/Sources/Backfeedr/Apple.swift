@@ -39,7 +39,7 @@ extension Backfeedr.Client {
             }
         }
         #else
-        later { await $0.open(vendor: nil) }
+        begin(vendor: nil)
         becameActive()  // a Mac's app has one session from its start to its end
         #if canImport(AppKit)
         onMain { [self] in
@@ -57,7 +57,7 @@ extension Backfeedr.Client {
     /// another device.
     @MainActor private func identify() {
         guard deviceID.isEmpty, let vendor = UIDevice.current.identifierForVendor?.uuidString else { return }
-        later { await $0.open(vendor: vendor) }
+        begin(vendor: vendor)
     }
     #endif
 

@@ -41,9 +41,9 @@ public enum Backfeedr {
     }
 
     /// Reports an error that the app has caught: its type, its description, its place in the source, the breadcrumbs,
-    /// and your context. URLs in the description lose their query and password; a file's error is sent as its domain and
-    /// code. Leave out people's names and paths. From one place in the source, 100 errors of a session are sent; the
-    /// number of the others is sent when it ends.
+    /// and your context. URLs in the description lose their query and password; the error of a file is sent as its
+    /// domain and code. Leave out people's names and paths. Each place in the source sends 100 errors a session; the
+    /// end of the session says how many others there were.
     public static func capture(_ error: any Error, context: [String: any Sendable] = [:],
                                file: String = #fileID, line: Int = #line) {
         let place = "\(file):\(line)"

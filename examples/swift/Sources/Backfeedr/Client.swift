@@ -32,6 +32,13 @@ extension Backfeedr {
 
         // MARK: Files
 
+        /// Opens the queue. If two crashes wait, the app may crash at each launch, before anything is sent. So this
+        /// waits up to two seconds for the sending, which needs nothing of the calling thread, be it the main one.
+        nonisolated func begin(vendor: String?) {
+            let crashes = all().filter { ["crash", "diagnostics"].contains(Client.kind($0)) }
+            wait(seconds: crashes.count < 2 ? 0 : 2) { await $0.open(vendor: vendor) }
+        }
+
         /// Sends the files that an earlier launch has left. `vendor` is Apple's id of the device; if there is none, an
         /// id in the folder takes its place.
         func open(vendor: String?) async {
@@ -51,7 +58,11 @@ extension Backfeedr {
             return made
         }
 
-        private func all() -> [String] { (try? FileManager.default.contentsOfDirectory(atPath: folder.path)) ?? [] }
+        private nonisolated func all() -> [String] { Client.all(in: folder) }
+
+        private static func all(in folder: URL) -> [String] {
+            (try? FileManager.default.contentsOfDirectory(atPath: folder.path)) ?? []
+        }
 
         /// The waiting files, the oldest first.
         func names() -> [String] { all().filter { Client.kind($0) != nil }.sorted() }
@@ -151,8 +162,7 @@ extension Backfeedr {
         }
 
         private static func empty(_ folder: URL) {
-            let names = (try? FileManager.default.contentsOfDirectory(atPath: folder.path)) ?? []
-            for name in names where name != "off" {
+            for name in all(in: folder) where name != "off" {
                 try? FileManager.default.removeItem(at: folder.appendingPathComponent(name))
             }
         }

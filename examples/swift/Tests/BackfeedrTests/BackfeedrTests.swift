@@ -752,6 +752,25 @@ final class AppleTests: XCTestCase {
         }
     }
 
+    func testAnAppThatCrashesAtEachLaunchSendsItsCrashesBeforeStartReturns() async throws {
+        for (count, sent) in [(1, 0), (2, 2)] {
+            let isStarted = Locked(false), script = Script(.stored)
+            let phone = await Phone(transport: { request in
+                if count == 1 { check(await waitUntil { isStarted.with { $0 } }) }
+                return try await script.transport(request)
+            }, isKnown: false)
+            for number in 0..<count { try Data().write(to: phone.url("000177332535125\(number)-crash-\(UUID())")) }
+            await withCheckedContinuation { done in
+                Thread.detachNewThread {
+                    phone.client.followApp()
+                    equal(script.requests.count, sent)
+                    isStarted.with { $0 = true }
+                    done.resume()
+                }
+            }
+        }
+    }
+
     func testAnExceptionBeforeTheDeviceIsKnownHasTheSystemButNoDevice() async throws {
         let phone = await Phone(isKnown: false)
         phone.client.record(exception: "E", reason: "at launch", addresses: [])
