@@ -101,7 +101,10 @@ public enum Backfeedr {
         return withoutSecrets(String(describing: error))
     }
 
-    private static func code(of error: any Error) -> String { "\((error as NSError).domain) \((error as NSError).code)" }
+    private static func code(of error: any Error) -> String {
+        let error = error as NSError
+        return "\(error.domain) \(error.code)"
+    }
 
     /// Removes passwords, queries and fragments from URLs: the description of a URLError may contain tokens.
     private static func withoutSecrets(_ text: String) -> String {
@@ -141,13 +144,16 @@ extension Backfeedr.Client {
     /// Appends a report. `details` gives the fields of its type, and is called when the report is encoded.
     nonisolated func add(_ type: String, _ details: @escaping Details = { _ in [:] }) {
         let at = now()
-        let isFirst = front.with { front in
-            guard front.isEnabled, front.pending.count < Self.maxPending else { return false }
+        let count = front.with { front in
+            guard front.isEnabled, front.pending.count < Self.maxPending else { return 0 }
             let session = front.session
             front.pending.append { Self.encode(type, at, session, $0, details) }
-            return front.pending.count == 1
+            return front.pending.count
         }
-        if isFirst { later { await $0.gather() } }
+        if count == 1 { later { await $0.gather() } }
+        #if DEBUG
+        if count == Self.maxPending { print("Backfeedr: \(count) reports wait in memory: further ones are lost") }
+        #endif
     }
 
     nonisolated func setEnabled(_ isEnabled: Bool) {

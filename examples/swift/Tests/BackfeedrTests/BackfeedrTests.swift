@@ -861,7 +861,7 @@ final class FiguresTests: XCTestCase {
         }
     }
 
-    func testTheCostOfACallAndOfAFullQueue() async {
+    func testTheCostOfACallAndOfAFullQueue() async throws {
         let phone = await Phone(transport: Script(nil).transport)
         let properties: [String: any Sendable] = ["items": 3, "screen": "cart"]
         var nanoseconds: [UInt64] = []
@@ -876,9 +876,12 @@ final class FiguresTests: XCTestCase {
         check(nanoseconds[1_000] < 100_000)
 
         let waiting = await Phone(isKnown: false), before = residentKilobytes()
-        for number in 0..<5_000 {
-            Backfeedr.track("purchase \(number)", properties: ["items": number, "screen": "screen \(number)"])
+        let output = try outputOf {
+            for number in 0..<5_000 {
+                Backfeedr.track("purchase \(number)", properties: ["items": number, "screen": "screen \(number)"])
+            }
         }
+        equal(output.components(separatedBy: "2000 reports wait in memory").count, 2, output)
         equal(waiting.client.front.with { $0.pending.count }, Client.maxPending)
         print("a full queue of \(Client.maxPending) reports: \(residentKilobytes() - before) kB")
         check(residentKilobytes() - before < 10_000)
@@ -889,6 +892,19 @@ final class FiguresTests: XCTestCase {
         Backfeedr.capture(NSError(domain: String(repeating: "http://h,", count: 10_000), code: 1))
         check(await phone.flush())
         check(Date().timeIntervalSince(begin) < 10, "a time that grows with the square would be minutes")
+    }
+
+    /// What the body prints.
+    private func outputOf(_ body: () -> Void) throws -> String {
+        let pipe = Pipe(), terminal = dup(1)
+        fflush(nil)
+        dup2(pipe.fileHandleForWriting.fileDescriptor, 1)
+        body()
+        fflush(nil)
+        dup2(terminal, 1)
+        close(terminal)
+        try pipe.fileHandleForWriting.close()
+        return String(decoding: pipe.fileHandleForReading.readDataToEndOfFile(), as: UTF8.self)
     }
 
     private func residentKilobytes() -> Int {
