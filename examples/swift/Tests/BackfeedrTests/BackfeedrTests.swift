@@ -268,6 +268,22 @@ final class SendingTests: XCTestCase {
         equal(try phone.rows("select count(*), min(occurred_at) from events"), ["1|1773325351000"])
     }
 
+    func testADeepPayloadIsSentWithoutItsIndentation() async {
+        let levels = Array(0..<300)  // deeper than JSONSerialization reads
+        func payload(isIndented: Bool) -> String {
+            func line(_ level: Int, _ text: String) -> String {
+                isIndented ? "\n" + String(repeating: " ", count: 12 * level) + text : text
+            }
+            let begin = levels.map { line($0, #"{"name" : "a   b\n", "subFrames" : ["#) }
+            let end = levels.reversed().map { line($0, "]}") }
+            return #"{"hangDiagnostics": ["# + (begin + end).joined() + "]}"
+        }
+        let given = payload(isIndented: true), script = Script(.stored)
+        check(given.utf8.count > Client.maxBody)
+        await Phone(transport: script.transport).receive(given)
+        equal(script.bodies, [payload(isIndented: false)])
+    }
+
     func testAPayloadThatTheServerFindsTooLargeIsSentInPartsWithTheSameKeysEachTime() async throws {
         let payload = #"{"timeStampEnd": "2026-03-12 14:22:31", "crashDiagnostics": [{}, {}], "hangDiagnostics": [{}]}"#
         let offline = await Phone(transport: Script(nil).transport)
