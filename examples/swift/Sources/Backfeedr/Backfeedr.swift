@@ -281,7 +281,9 @@ extension Backfeedr {
             case let date as Date: return rfc3339(date)
             case let items as [Any]: return items.prefix(Trimmer.maxItems).map { self.value($0, depth: depth + 1) }
             case let members as [String: Any]:
-                return Dictionary(members.prefix(Trimmer.maxItems).map { (text($0), self.value($1, depth: depth + 1)) },
+                // In the order of their names, so that what is cut is always the same.
+                let kept = members.sorted { $0.key < $1.key }.prefix(Trimmer.maxItems)
+                return Dictionary(kept.map { (text($0), self.value($1, depth: depth + 1)) },
                                   uniquingKeysWith: { first, _ in first })  // names that are equal after they were cut
             default: return JSONSerialization.isValidJSONObject([value]) ? value : text(String(describing: value))
             }

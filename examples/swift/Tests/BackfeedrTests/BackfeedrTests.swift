@@ -588,6 +588,15 @@ final class ReportTests: XCTestCase {
         equal(try phone.rows("select count(*) from events where name = 'Shop 5'"), ["1"])
     }
 
+    func testWhatIsCutOfPropertiesFollowsFromTheirNames() async throws {
+        let script = Script(.stored), phone = await Phone(transport: script.transport)
+        let names = (10..<99).map { "\($0)" }, text = String(repeating: "x", count: 1500)
+        Backfeedr.track("a", properties: Dictionary(uniqueKeysWithValues: names.map { ($0, text) }))
+        await phone.flush()
+        let properties = try XCTUnwrap(script.events()[0]["properties"] as? [String: Any])
+        equal(properties.filter { $0.value as? String == text }.keys.sorted(), Array(names.prefix(13)))
+    }
+
     func testAReadOnlyFolderAndAFullDiskLoseReportsOnly() async throws {
         let file = temporaryFolder().appendingPathComponent("file")
         try Data().write(to: file)
