@@ -43,11 +43,14 @@ extension Backfeedr {
         /// id in the folder takes its place.
         func open(vendor: String?) async {
             let old = newName("", at: now() - Client.markAge)
-            for name in all() where Client.kind(name) == nil && !["off", "installation"].contains(name) {
+            for name in all() where Client.kind(name) == nil && !["off", "installation", "asked"].contains(name) {
                 if !Client.isMark(name) || name < old { remove(name) }  // and writes that a kill has interrupted
             }
             let fields = Client.fields(vendor: vendor ?? installation())
             front.with { $0.fields = fields }
+            let until = (try? String(contentsOf: url("asked"), encoding: .utf8)).flatMap(Double.init) ?? 0
+            let left = until - now().timeIntervalSince1970  // more than a day if the clock was set back since
+            if (0...Client.maxAsked).contains(left) { (pausedAt, asked, pause) = (now(), left, left) }
             await send()
         }
 
@@ -250,7 +253,7 @@ extension Backfeedr {
         // MARK: Sending
 
         /// Sends the waiting reports, one request after another. Returns true if none are left. Always waits as long as
-        /// the server asked; pauses after failures are skipped if the app asks to send.
+        /// the server asked, even across launches; pauses after failures are skipped if the app asks to send.
         @discardableResult
         func send(isAsked: Bool = false) async -> Bool {
             if !front.with({ $0.isEnabled }) { empty() }
@@ -374,6 +377,7 @@ extension Backfeedr {
         /// Waits as long as the server asks, plus a random time: otherwise all phones come back in the same second.
         private func pause(asked seconds: Double = 0) -> Bool {
             (pausedAt, asked) = (now(), min(seconds, Client.maxAsked))
+            if asked > 0 { write(Data("\(now().timeIntervalSince1970 + asked)".utf8), "asked") }  // for the next launch
             pause = asked + min(Client.maxPause, Client.firstPause * pow(2, Double(failures))) * .random(in: 0.5...1)
             (failures, isClockSet) = (min(failures + 1, 10), false)
             wake()

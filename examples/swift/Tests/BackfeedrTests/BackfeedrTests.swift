@@ -194,6 +194,19 @@ final class SendingTests: XCTestCase {
         equal(try phone.rows(names, server), ["a|1", "b|1"])
     }
 
+    func testTheNextLaunchWaitsAsLongAsTheServerAskedUnlessTheClockWasSetBack() async {
+        for (seconds, isSent) in [(6.0, false), (7.0, true), (-86_400, true)] {
+            let script = Script(Reply(429, error: "rate limit exceeded", ["Retry-After": "7"]), .stored)
+            let clock = ManualClock(), phone = await Phone(clock: clock, transport: script.transport)
+            phone.track(["a"])
+            check(await !phone.flush())
+            clock.move(seconds)
+            let next = await Phone(after: phone, clock: clock, transport: script.transport)
+            equal(await next.flush(), isSent, "\(seconds)")
+            equal(script.requests.count, isSent ? 2 : 1, "\(seconds)")
+        }
+    }
+
     func testPausesGrowEndWhenTheClockIsSetBackAndDoNotDelayAFlush() async {
         let script = Script(nil, nil, nil, nil, .stored), clock = ManualClock()
         let phone = await Phone(clock: clock, transport: script.transport)
