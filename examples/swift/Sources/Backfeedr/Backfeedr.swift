@@ -47,11 +47,10 @@ public enum Backfeedr {
     public static func capture(_ error: any Error, context: [String: any Sendable] = [:],
                                file: String = #fileID, line: Int = #line) {
         let place = "\(file):\(line)"
-        let kept = client?.front.with { front in
+        guard let breadcrumbs = client?.front.with({ front in
             front.errors[place, default: 0] += 1
             return front.errors[place, default: 0] > Client.maxErrors ? nil : front.breadcrumbs
-        }
-        guard let breadcrumbs = kept else { return }
+        }) else { return }
         client?.add("error") { trimmer in
             ["name": trimmer.text(title(error)), "properties": [
                 "error": trimmer.text(description(of: error)),
@@ -95,15 +94,11 @@ public enum Backfeedr {
     private static func description(of error: any Error) -> String {
         var next: NSError? = error as NSError
         while let below = next {
-            if below.userInfo[NSFilePathErrorKey] ?? below.userInfo[NSURLErrorKey] != nil { return code(of: error) }
+            let hasPath = below.userInfo[NSFilePathErrorKey] ?? below.userInfo[NSURLErrorKey] != nil
+            if hasPath { return title(error as NSError) }
             next = below.userInfo[NSUnderlyingErrorKey] as? NSError
         }
         return withoutSecrets(String(describing: error))
-    }
-
-    private static func code(of error: any Error) -> String {
-        let error = error as NSError
-        return "\(error.domain) \(error.code)"
     }
 
     /// Removes passwords, queries and fragments from URLs: the description of a URLError may contain tokens.
@@ -116,7 +111,7 @@ public enum Backfeedr {
     /// The name under which an error is counted: its type, or the domain and code of an NSError.
     private static func title(_ error: any Error) -> String {
         let kind = type(of: error)
-        if kind is NSError.Type { return code(of: error) }
+        if kind is NSError.Type { return "\((error as NSError).domain) \((error as NSError).code)" }
         // The name of a private type contains an address, which differs from launch to launch.
         let context = #"\(unknown context at \$[0-9a-f]+\)\."#
         return String(reflecting: kind).replacingOccurrences(of: context, with: "", options: .regularExpression)

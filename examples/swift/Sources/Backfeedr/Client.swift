@@ -61,9 +61,7 @@ extension Backfeedr {
             return made
         }
 
-        private nonisolated func all() -> [String] { Client.all(in: folder) }
-
-        private static func all(in folder: URL) -> [String] {
+        private nonisolated func all() -> [String] {
             (try? FileManager.default.contentsOfDirectory(atPath: folder.path)) ?? []
         }
 
@@ -161,13 +159,7 @@ extension Backfeedr {
         func empty() {
             sending?.cancel()
             batch = nil
-            Client.empty(folder)
-        }
-
-        private static func empty(_ folder: URL) {
-            for name in all(in: folder) where name != "off" {
-                try? FileManager.default.removeItem(at: folder.appendingPathComponent(name))
-            }
+            for name in all() where name != "off" { remove(name) }
         }
 
         static func isEnabled(in folder: URL) -> Bool {
@@ -179,9 +171,9 @@ extension Backfeedr {
             if isEnabled {
                 try? FileManager.default.removeItem(at: off)
             } else {
+                try? FileManager.default.removeItem(at: folder)
                 make(folder)
                 try? Data().write(to: off)
-                empty(folder)
             }
         }
 
