@@ -119,6 +119,7 @@ final class SendingTests: XCTestCase {
                 Backfeedr.track("b")
                 await Backfeedr.client?.gather()
                 flush.with { $0 = Backfeedr.flush() }
+                for _ in 0..<100 { _ = await Backfeedr.client?.names() }  // until the flush waits for this request
             }
             return try await script.transport(request)
         })
