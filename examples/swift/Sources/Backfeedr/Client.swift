@@ -216,7 +216,7 @@ extension Backfeedr {
 
         /// JSON without its indentation, which is nine tenths of a deep call stack. No text in JSON has a line break.
         private static func compact(_ json: Data) -> Data {
-            Data(json.split(separator: 10).map { $0.drop { $0 == 32 } }.joined())
+            json.split(separator: 10).reduce(into: Data()) { $0 += $1.drop { $0 == 32 } }
         }
 
         /// The payload without crashes that were reported as exceptions; nil if nothing else is in it.
