@@ -7581,24 +7581,14 @@ class Crawl:
                         yield path.replace("//", "/", 1)  # the path after bottle's mount has two slashes
 
 
-@pytest.fixture(scope="module")
-def small_demo(tmp_path_factory):
-    """A store with the reports of an eighth of the demo's phones."""
-    path, module = str(tmp_path_factory.mktemp("demo") / "demo.db"), load_example("demo")
-    module.APPS = [app._replace(phones=app.phones // 8) for app in module.APPS]
-    module.fill_demo(path, DEMO_NOW)
-    with Store(path, clock=lambda: DEMO_NOW / 1000) as store:
-        yield store
-
-
 @pytest.mark.parametrize("data, prefix", [("empty", ""), ("demo", "/app/crashes")])
-def test_every_link_and_form_works(serve, tmp_path, small_demo, data, prefix, receiver):
+def test_every_link_and_form_works(serve, tmp_path, demo, data, prefix, receiver):
     if data == "demo" and not POSTGRES:
-        shutil.copy(small_demo.path, tmp_path / "test.db")
+        shutil.copy(demo.path, tmp_path / "test.db")
     server = serve(retention_days=0)
     serve.unchecked.append(server)  # as a form deletes reports
     if data == "demo" and POSTGRES:
-        hand_over(SimpleNamespace(store=small_demo), server, step=1000)
+        hand_over(SimpleNamespace(store=demo), server, step=1000)
     server.alerts.add(receiver.url)
     server.store.create_feed_token()
     crawl = Crawl(Person(server, prefix).signed_in())
@@ -7768,12 +7758,11 @@ def test_breadcrumbs_of_every_known_shape_are_listed_as_steps_up_to_the_crash(ap
 
 
 def test_a_crash_shows_the_last_twenty_events_of_its_session_before_it(api, person):
-    session, crashed_at = {"session_id": "1", "device_id_hash": "d"}, "2026-03-12T14:22:31Z"
-    times = [f"2026-03-12T14:{n // 60:02}:{n % 60:02}Z" for n in range(22 * 60 + 9, 22 * 60 + 34)]
-    events = [{**EVENT, **session, "name": f"n{time[-3:-1]}", "occurred_at": time} for time in times]
+    session = {"session_id": "1", "device_id_hash": "d"}
+    events = [{**EVENT, **session, "name": f"n{n}", "occurred_at": f"2026-03-12T14:22:{n}Z"} for n in range(10, 34)]
     others = [{**events[5], "name": "other", **changed} for changed in ({"device_id_hash": "e"}, {"session_id": "2"})]
-    api.post(BATCH, {"events": [*others, *events[15:], *events[:15]]})
-    group = post_crash(api, occurred_at=crashed_at, **session)
+    api.post(BATCH, {"events": [*others, *events[14:], *events[:14]]})
+    group = post_crash(api, **session)
     page, text = person.get("/crashes/" + group), person.text("/crashes/" + group)
     expected = " ".join(f"-00:{31 - n:02} custom n{n}" for n in range(12, 32))
     assert f"Events of this session Time Action {expected} All events" in text
@@ -7781,8 +7770,7 @@ def test_a_crash_shows_the_last_twenty_events_of_its_session_before_it(api, pers
     assert page.request.path_qs == "/events?app=default&session_id=1&device_id_hash=d" and "other" not in page
     page = person.get("/events?session_id=1")
     assert "other" in page and "other" not in page.click("1", href="hash=d", index=0)
-    api.post(CRASHES, crash_at(crashed_at, "Alone"))
-    assert "Events of this session" not in person.text("/crashes/" + group_hash("Alone", []))
+    assert "Events of this session" not in person.text("/crashes/" + post_crash(api, exception_type="Alone"))
 
 
 def test_a_group_is_exported_as_text_or_markdown_without_devices_and_sessions(api, person):
@@ -8143,10 +8131,10 @@ SMALL_LINKS = """[...document.querySelectorAll("a, button, summary, select, labe
 @pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
 @pytest.mark.once
-def test_a_browser_shows_the_pages_without_errors(serve, tmp_path, small_demo):
+def test_a_browser_shows_the_pages_without_errors(serve, tmp_path, demo):
     """The console is empty, no page scrolls sideways or loads from another host, charts are drawn, and the colours are
     right. A phone shows exact times, large links and fields. The overview has its answers on the first screen."""
-    shutil.copy(small_demo.path, tmp_path / "test.db")
+    shutil.copy(demo.path, tmp_path / "test.db")
     server = serve(retention_days=0)
     serve.unchecked.append(server)
     long = parse_crash({**CRASH, **dict.fromkeys(("exception_type", "device_model", "app_version"), 200 * "x")})
@@ -8545,24 +8533,17 @@ def test_a_413_that_cannot_be_sent_at_once_is_sent_later_and_what_came_with_its_
 
 
 def test_x_forwarded_proto_is_believed_from_this_host_and_never_refused(web_server):
-    for address, header, secure in (("127.0.0.1", b"X-Forwarded-Proto: https\r\n", True), ("127.0.0.1", b"", False),
-                                    ("127.0.0.1", b"X-Forwarded-Proto: https, http\r\n", False),
-                                    *((address, b"X-Forwarded-Proto: https\r\n", address == "::1")
-                                      for address in ("::1", "10.1.2.3"))):
-        link = web_server.app.pages.invite("").encode()
-        connection = connect_and_send(web_server, b"GET ")
-        wait_until(lambda: web_server.run_once() or web_server.active_channels)
-        for channel in web_server.active_channels.values():
-            channel.addr = (address, 1)
-        connection.sendall(link + b" HTTP/1.1\r\nHost: x\r\n" + header + b"\r\n")
-        answer = read_until(connection, web_server, b"\r\n\r\n").lower()
-        assert (b"; secure" in answer.split(b"\r\n\r\n")[0]) == secure
-        connection.close()
-    for value in ("https, http", "ftp", "https"):
-        connection = connect_and_send(web_server, raw_post(X_Forwarded_Proto=value))
-        assert b" 201 Created" in read_until(connection, web_server)
-        connection.close()
-    assert count(web_server.app, "crashes") == 3
+    https = b"X-Forwarded-Proto: https"
+    for address, header, secure in (
+            ("127.0.0.1", https, True), ("127.0.0.1", b"Host: x", False), ("127.0.0.1", https + b", http", False),
+            ("127.0.0.1", b"X-Forwarded-Proto: ftp", False), ("::1", https, True), ("10.1.2.3", https, False)):
+        with connect_and_send(web_server, b"GET " + web_server.app.pages.invite("").encode()) as connection:
+            wait_until(lambda: web_server.run_once() or web_server.active_channels)
+            for channel in web_server.active_channels.values():
+                channel.addr = (address, 1)
+            connection.sendall(b" HTTP/1.1\r\n" + header + b"\r\n\r\n")
+            head = read_until(connection, web_server, b"\r\n\r\n").lower().partition(b"\r\n\r\n")[0]
+        assert b" 303 " in head and (b"; secure" in head) == secure, (address, header)
 
 
 def connect_and_send(server, request):
@@ -8602,20 +8583,20 @@ def raw_post(path=CRASHES, body=CRASH, **headers):
     (b"GET /api/v1/health HTTP/1.1\r\nHost: x\r\n\r\n", b"200 OK"),
     (b"GET /api/v1/nowhere HTTP/1.1\r\nHost: x\r\n\r\n", b"404 Not Found")])
 def test_an_answer_says_its_length_and_whether_the_connection_ends(web_server, request_bytes, status):
-    for change, is_last in (((b"\r\n", b"\r\nConnection: keep-alive\r\n"), False),
-                            ((b"\r\n", b"\r\nConnection: Close\r\n"), True), ((b"HTTP/1.1", b"HTTP/1.0"), True)):
-        connection = connect_and_send(web_server, request_bytes.replace(*change, 1))
-        head, _, body = bytes(read_until(connection, web_server)).partition(b"\r\n\r\n")
+    for version, header, is_last in (
+            (b"HTTP/1.1", b"Connection: keep-alive", False), (b"HTTP/1.1", b"Connection: Close", True),
+            (b"HTTP/1.0", b"Host: x", True)):
+        request = request_bytes.replace(b"HTTP/1.1\r\n", version + b"\r\n" + header + b"\r\n")
+        with connect_and_send(web_server, request) as connection:
+            head, _, body = bytes(read_until(connection, web_server)).partition(b"\r\n\r\n")
+            if is_last:
+                wait_until(lambda: read_some(connection, web_server) is None)
         first, *lines = head.split(b"\r\n")
         names = [line.partition(b": ")[0] for line in lines]
-        assert first == (b"HTTP/1.0 " if change[1] == b"HTTP/1.0" else b"HTTP/1.1 ") + status
+        assert first == version + b" " + status
         assert b"Content-Length: %d" % len(body) in lines and (b"Connection: close" in lines) == is_last
         assert len({*names}) == len(names) and {b"Date", b"Content-Type"} < {*names}
-        if is_last:
-            wait_until(lambda: read_some(connection, web_server) is None)
-        connection.close()
-    stored = 3 if status.startswith(b"201") else 0
-    assert count(web_server.app, "crashes") == stored
+    assert count(web_server.app, "crashes") == (3 if status == b"201 Created" else 0)
 
 
 @pytest.mark.parametrize("start", [b"", b"G", b"GET /api/v1/health HTTP/1.1\r\nX: ",
@@ -9008,7 +8989,7 @@ def test_a_locked_new_file_is_tried_again_until_the_timeout(tmp_path, monkeypatc
             raise sqlite3.OperationalError("database is locked")
         return execute(connection, statement, *parameters)
 
-    with closing(sqlite3.connect(path, isolation_level=None)) as holder, monkeypatch.context() as patched:
+    with connected(path) as holder, monkeypatch.context() as patched:
         holder.execute("begin exclusive")
         patched.setattr(backfeedr, "BUSY_TIMEOUT", 0)
         with pytest.raises(StoreError, match="database is locked"):
@@ -9021,9 +9002,8 @@ def test_a_locked_new_file_is_tried_again_until_the_timeout(tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(__import__("resource"), "prlimit"), reason="needs prlimit of Linux")
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs prlimit of Linux")
 def test_a_server_whose_disk_is_full_recovers_without_a_restart(run):
-    import resource
     server = run()
     assert server.post(CRASHES, CRASH)[0] == 201
     _, hard = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
@@ -9035,7 +9015,7 @@ def test_a_server_whose_disk_is_full_recovers_without_a_restart(run):
     assert server.post(BATCH, big)[0] == server.post(CRASHES, CRASH)[0] == 201
     status, out, err = server.stop()
     assert (status, out) == (0, "") and "Traceback" not in err
-    assert len(sql(server.db, "select seq from events")) == 100 * (statuses[201] + 1)
+    assert count(server.db, "events") == 100 * (statuses[201] + 1)
     check_database(server.db)
 
 
@@ -11438,9 +11418,15 @@ def test_the_compose_file_builds_the_container_and_keeps_its_volume_and_each_fil
 # the sections above check that it gives the same answers as SQLite.
 
 @pytest.fixture
-def hosts(schemas, run):
+def database(schemas):
+    """The URL of an empty database; skips the test if there is no PostgreSQL."""
+    return schemas() if POSTGRES else pytest.skip("BACKFEEDR_TEST_POSTGRES is not set")
+
+
+@pytest.fixture
+def hosts(database, run):
     """Two servers that share a database."""
-    return [run(db=schemas()), run(db=schemas())]
+    return [run(db=database), run(db=database)]
 
 
 def wait_for_more(load, reports):
@@ -11456,41 +11442,38 @@ def check_all_stored(load, url):
     check_database(url)
 
 
-@needs_postgres
 @pytest.mark.slow
-def test_two_hosts_store_everything_they_acknowledge_once_even_if_one_is_killed(
-        hosts, run, schemas):
+def test_two_hosts_store_everything_they_acknowledge_once_even_if_one_is_killed(hosts, run, database):
     one, two = hosts
     first = one.post(CRASHES, CRASH, **{"Idempotency-Key": "a"})
     assert first[0] == 201 and two.post(CRASHES, CRASH, **{"Idempotency-Key": "a"}) == (200, first[1])
     assert two.post(CRASHES, {**CRASH, "locale": "de"}, **{"Idempotency-Key": "a"})[0] == 422
-    assert stored_ids(schemas()) == [first[1]["id"]]
+    assert stored_ids(database) == [first[1]["id"]]
     load = Load(hosts, clients=32)
     wait_for_more(load, 1500)
     load.finish()
     load.acknowledged.append(first[1]["id"])
-    check_all_stored(load, schemas())
+    check_all_stored(load, database)
 
     before, load = set(load.acknowledged), Load(hosts, clients=16)
     wait_for_more(load, 300)
     one.process.kill()
     wait_for_more(load, 300)
-    assert run(db=schemas()).post(CRASHES, CRASH)[0] == 201
+    assert run(db=database).post(CRASHES, CRASH)[0] == 201
     load.finish()
     assert two.stop()[0] == 0
-    new = [id for id in stored_ids(schemas()) if id not in before]
+    new = [id for id in stored_ids(database) if id not in before]
     assert load.others == [] and set(load.acknowledged) <= set(new) and len(set(new)) == len(new)
     assert len(new) - len(load.acknowledged) <= 1 + 10 * load.lost
-    check_database(schemas())
+    check_database(database)
 
 
-@needs_postgres
 @pytest.mark.slow
-def test_the_101st_request_of_a_key_is_refused_by_any_host(schemas, run):
-    hosts = [run(db=schemas(), BACKFEEDR_RATE_LIMIT="100") for _ in range(2)]
+def test_the_101st_request_of_a_key_is_refused_by_any_host(database, run):
+    hosts = [run(db=database, BACKFEEDR_RATE_LIMIT="100") for _ in range(2)]
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda n: hosts[n % 2].post(EVENTS, EVENT)[0], range(110)))
-    assert Counter(answers) == {201: 100, 429: 10} and len(stored_ids(schemas())) == 100
+    assert Counter(answers) == {201: 100, 429: 10} and len(stored_ids(database)) == 100
     for host in hosts:
         status, headers, _ = ask(host.url + EVENTS, EVENT)
         assert status == 429 and 1 <= int(headers["Retry-After"]) <= 60
@@ -11544,36 +11527,29 @@ def test_a_database_restart_under_load_loses_nothing_and_the_hosts_recover_by_th
     check_database(cluster.url)
 
 
-END_CONNECTIONS = """
-select count(pg_terminate_backend(pid)) from pg_stat_activity
-where pid <> pg_backend_pid() and application_name = 'backfeedr-' || current_schema()"""
-
-
-def name_connections(url, monkeypatch):
-    """Lets END_CONNECTIONS end the connections to this schema only."""
-    name = f"backfeedr-{url.rpartition('%3D')[2]}"
-    monkeypatch.setitem(postgres()._OPTIONS, "application_name", name)
-
-
-@needs_postgres
-def test_lost_connections_fail_no_request(serve, schemas, monkeypatch):
-    name_connections(schemas(), monkeypatch)
+def test_lost_connections_fail_no_request(database, serve, monkeypatch):
+    monkeypatch.setitem(postgres()._OPTIONS, "application_name", "to-be-lost")
     server = serve(rate_limit=1000)
+
+    def end_connections():
+        return sql(database, """
+            select count(pg_terminate_backend(pid)) from pg_stat_activity
+            where pid <> pg_backend_pid() and application_name = 'to-be-lost'""")[0][0]
+
     with ExitStack() as stack:
         for _ in range(4):
             stack.enter_context(server.store.reading())
-    assert server._limiter.allow(KEY_HASH) and sql(schemas(), END_CONNECTIONS)[0][0] >= 6
-    wait_until(lambda: sql(schemas(), END_CONNECTIONS) == [(0,)])
+    assert server._limiter.allow(KEY_HASH) and end_connections() >= 6
+    wait_until(lambda: end_connections() == 0)
     assert Api(server).post(CRASHES, CRASH)[0] == 201
     for _ in range(5):
         assert server._limiter.allow(KEY_HASH) and server.store.apps()
 
 
-@needs_postgres
-def test_a_lock_of_another_program_makes_no_host_unhealthy(serve, monkeypatch):
+def test_a_lock_of_another_program_makes_no_host_unhealthy(database, serve, monkeypatch):
     monkeypatch.setattr(postgres(), "_SESSION", postgres()._SESSION.replace("5s", "100ms"))
     api = Api(serve())
-    with closing(postgres().Connection.connect(api.server.store.path)) as db:
+    with closing(postgres().Connection.connect(database)) as db:
         db.run("begin; select 1 from apps for update")
         assert [api.post(CRASHES, CRASH), api.get("/api/v1/health")[0]] == [UNAVAILABLE, 200]
 
@@ -11590,10 +11566,9 @@ def test_a_schema_with_tables_of_another_program_is_refused_unchanged(schemas, t
         """) == [("another",), (table,)]
 
 
-@needs_postgres
 @pytest.mark.slow
 def test_a_rolling_restart_behind_the_balancer_is_not_noticed_and_a_lost_host_loses_only_requests_it_was_reading(
-        hosts, run, schemas, tmp_path):
+        hosts, run, database, tmp_path):
     needs("nginx")
     balancer = object.__new__(Running)  # without a process of its own
     balancer.port = free_port()
@@ -11610,10 +11585,10 @@ def test_a_rolling_restart_behind_the_balancer_is_not_noticed_and_a_lost_host_lo
             wait_until(all_take_reports, 60)
             assert host.stop() == (0, "", "")
             wait_for_more(load, 300)
-            hosts[number] = run("--port", str(host.port), db=schemas())
+            hosts[number] = run("--port", str(host.port), db=database)
         wait_until(all_take_reports, 60)
         load.finish()
-        check_all_stored(load, schemas())
+        check_all_stored(load, database)
 
         before, load = set(load.acknowledged), Load([balancer], clients=16)
         wait_for_more(load, 300)
@@ -11621,13 +11596,13 @@ def test_a_rolling_restart_behind_the_balancer_is_not_noticed_and_a_lost_host_lo
         wait_for_more(load, 300)
         load.finish()
         assert load.lost == 0 and [each for each in load.others if each != UNAVAILABLE] == [] and len(load.others) <= 16
-        found = set(stored_ids(schemas())) - before
+        found = set(stored_ids(database)) - before
         assert set(load.acknowledged) <= found and len(found) - len(load.acknowledged) <= 10 * len(load.others)
         hosts[1].stop()
         status, headers, body = ask(f"http://127.0.0.1:{balancer.port}{CRASHES}", CRASH)
         assert (status, json.loads(body)) == UNAVAILABLE
         assert (headers["Retry-After"], headers["Content-Type"]) == ("2", "application/json")
-        run("--port", str(hosts[1].port), db=schemas())
+        run("--port", str(hosts[1].port), db=database)
         wait_until(lambda: balancer.post(CRASHES, CRASH)[0] == 201, 60)
 
 
@@ -11643,29 +11618,26 @@ def test_hosts_that_start_together_make_one_database(schemas):
     assert sql(url, "select name from apps") == [("default",)]
 
 
-@needs_postgres
-def test_hosts_that_prune_together_while_reports_arrive_delete_each_row_once(serve, clock, schemas):
-    server, key = serve(retention_days=1, rate_limit=0), backfeedr.sha256(KEY)
+def test_hosts_that_prune_together_while_reports_arrive_delete_each_row_once(serve, clock, database):
+    server = serve(retention_days=1, rate_limit=0)
     old = [parse_event(dict(EVENT, session_id=f"s{n % 50}", device_id_hash=f"d{n % 70}")) for n in range(600)]
     for reports in (old, old, [parse_crash(dict(CRASH, device_id_hash=f"d{n}")) for n in range(300)]):
-        server.store.add(key, reports)
-    clock.move(24 * 3600 + 1)
+        server.store.add(KEY_HASH, reports)
+    clock.move(A_DAY + 1)
     new = [parse_event(dict(EVENT, device_id_hash="new"))]
-    with closing(postgres().PostgresStore(schemas(), clock, 1)) as other, ThreadPoolExecutor(4) as pool:
+    with closing(postgres().PostgresStore(database, clock, 1)) as other, ThreadPoolExecutor(4) as pool:
         pruning = [pool.submit(store.prune) for store in (server.store, other)]
-        adding = [pool.submit(store.add, key, new) for store in (server.store, other) * 20]
+        adding = [pool.submit(store.add, KEY_HASH, new) for store in (server.store, other) * 20]
         seqs = {each.result().seqs[0] for each in adding}
         deleted = sum((each.result() for each in pruning), Counter())
-    assert {seq for seq, in sql(schemas(), "select seq from events")} == seqs
-    assert stored(server, "crashes")["crashes"] == []
+    assert {seq for seq, in sql(database, "select seq from events")} == seqs and count(server, "crashes") == 0
     assert deleted["events"] <= 1200 and deleted["crashes"] <= 300, "adding deletes some, too"
     serve.unchecked.append(server)  # its sums still include the deleted rows
-    assert sql(schemas(), "select device from devices") == [(backfeedr.device_key("new"),)]
-    assert sql(schemas(), "select session_id from sessions") == []
+    assert sql(database, "select device from devices") == [(backfeedr.device_key("new"),)]
+    assert count(server, "sessions") == 0
 
 
-@needs_postgres
-def test_export_and_import_move_a_file_to_postgres_with_ids_and_counts(tmp_path, clock, schemas, capsys, monkeypatch):
+def test_export_and_import_move_a_file_to_postgres_with_ids_and_counts(tmp_path, clock, database, capsys, monkeypatch):
     path, lines = str(tmp_path / "old.db"), tmp_path / "all.jsonl"
     with Backfeedr(Settings(db_path=path, api_key=KEY, auth_token=TOKEN), clock=clock) as server:
         fill(server, clock, 1, 300)
@@ -11674,19 +11646,18 @@ def test_export_and_import_move_a_file_to_postgres_with_ids_and_counts(tmp_path,
                 for stored in server.store.export(kind):
                     backfeedr.write_jsonl(out, stored)
         # At the same time, because the sums of the week depend on it.
-        with closing(postgres().PostgresStore(schemas(), clock)) as store, open(lines, "rb") as given:
+        with closing(postgres().PostgresStore(database, clock)) as store, open(lines, "rb") as given:
             assert backfeedr.import_jsonl(store, given)["stored"] == len(stored_ids(path))
-        with Backfeedr(server.settings, store=postgres().PostgresStore(schemas(), clock)) as moved:
+        with Backfeedr(server.settings, store=postgres().PostgresStore(database, clock)) as moved:
             assert answers(moved) == answers(server)
-        assert sorted(stored_ids(schemas())) == sorted(stored_ids(path))
-    check_database(schemas())
+        assert sorted(stored_ids(database)) == sorted(stored_ids(path))
+    check_database(database)
     monkeypatch.setenv("BACKFEEDR_RETENTION_DAYS", "0")
-    assert postgres().main([schemas(), "import", str(lines)]) == 0
+    assert postgres().main([database, "import", str(lines)]) == 0
     assert capsys.readouterr().err.startswith(f"Stored 0 reports; {len(stored_ids(path)):,} were here already")
 
 
-@needs_postgres
-def test_a_report_of_the_longest_texts_in_the_widest_characters_is_stored(serve):
+def test_a_report_of_the_longest_texts_in_the_widest_characters_is_stored(database, serve):
     server, dice = serve(), random.Random(1)
     wide = {name: "".join(chr(dice.randrange(0x10000, 0x1ffff)) for _ in range(500)) for name in (
         "exception_type", "app_version", "os_version", "device_model", "device_id_hash", "locale")}
@@ -11694,11 +11665,10 @@ def test_a_report_of_the_longest_texts_in_the_widest_characters_is_stored(serve)
     assert {name: report(server)[name] for name in wide} == wide
 
 
-@needs_postgres
-def test_hosts_give_no_id_twice_even_if_a_clock_is_days_ahead_and_all_reports_are_deleted(schemas, monkeypatch):
+def test_hosts_give_no_id_twice_even_if_a_clock_is_days_ahead_and_all_reports_are_deleted(database, monkeypatch):
     monkeypatch.setattr("secrets.randbits", lambda bits: 0)  # so that equal times would give equal ids
-    clocks, url, given = (Clock(), Clock()), schemas(), []
-    stores = [postgres().PostgresStore(url, clock) for clock in clocks]
+    clocks, given = (Clock(), Clock()), []
+    stores = [postgres().PostgresStore(database, clock) for clock in clocks]
     stores[0].start(KEY)
     for number, (host, days) in enumerate([
             (0, 0), (1, 0), (0, 3), (1, 0), (0, 3), (1, 3), (0, 0), (1, 3), (0, -40), (1, 3), (0, 0), (1, 3), (0, 5)]):
@@ -11707,25 +11677,22 @@ def test_hosts_give_no_id_twice_even_if_a_clock_is_days_ahead_and_all_reports_ar
             given += stores[host].add(KEY_HASH, [parse_event(EVENT)] * 3).seqs
             first = backfeedr.seq_at(stores[host].now)
             assert first <= given[-3] < given[-1] < first + backfeedr.seq_at(2), "an id tells the time of receipt"
-        sql_run(url, "delete from events")
+        sql_run(database, "delete from events")
     for store in stores:
         store.close()
     assert len(given) == len(set(given)) == 78
 
 
-@needs_postgres
-def test_a_report_that_the_database_refuses_loses_no_other_and_health_checks_for_space(serve):
-    server, names = serve(), ("good", "poison", "too")
-    api, path = Api(server), server.store.path
-
+def test_a_report_that_the_database_refuses_loses_no_other_and_health_checks_for_space(database, api):
     def add_together():
-        together = [backfeedr.Submission(KEY_HASH, [parse_event({**EVENT, "name": name})]) for name in names]
-        server.store.add_all(together)
-        return [each.error and str(each.error) for each in together], count(server, "events")
+        together = [backfeedr.Submission(KEY_HASH, [parse_event({**EVENT, "name": name})])
+                    for name in ("good", "poison", "too")]
+        api.server.store.add_all(together)
+        return [each.error and str(each.error) for each in together], count(api.server, "events")
 
-    sql_run(path, "alter table events add constraint harmless check (name <> 'poison')")
+    sql_run(database, "alter table events add constraint harmless check (name <> 'poison')")
     assert add_together() == ([None, "storage unavailable", None], 2) and api.get("/api/v1/health")[0] == 200
-    sql_run(path, """
+    sql_run(database, """
         create function no_room() returns trigger language plpgsql as
             $$ begin raise exception 'no room' using errcode = 'disk_full'; end $$;
         create trigger no_room before insert on events execute function no_room();
@@ -11733,18 +11700,16 @@ def test_a_report_that_the_database_refuses_loses_no_other_and_health_checks_for
     assert add_together() == (["storage unavailable"] * 3, 2)
     for _ in range(2):  # the trial of the health check also fails
         assert api.get("/api/v1/health") == UNAVAILABLE
-    sql_run(path, "drop table trial")
+    sql_run(database, "drop table trial")
     assert [api.get("/api/v1/health")[0] for _ in range(2)] == [200, 200]
-    assert sql(path, "select to_regclass('trial')") == [(None,)]
+    assert sql(database, "select to_regclass('trial')") == [(None,)]
 
 
-@needs_postgres
-@pytest.mark.parametrize("arguments", [["backup", "x"], ["check"], ["--db", "x"], ["app", "list", "--d", "x"],
-                                       ["app", "delete", "default", "--yes", "--db=x"]])
-def test_postgres_refuses_what_names_a_file(schemas, capsys, arguments):
-    with pytest.raises(SystemExit, match="2"):
-        postgres().main([schemas(), *arguments])
-    assert " is for SQLite's file; " in capsys.readouterr().err
+def test_postgres_refuses_what_names_a_file(database, capsys):
+    for words in ("backup x", "check", "--db x", "app list --d x", "app delete default --yes --db=x"):
+        with pytest.raises(SystemExit, match="2"):
+            postgres().main([database, *words.split()])
+        assert " is for SQLite's file; " in capsys.readouterr().err, words
 
 
 @needs_postgres
