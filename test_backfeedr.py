@@ -4420,16 +4420,6 @@ def wait_until(condition, seconds=20):
         time.sleep(0.005)
 
 
-def test_a_request_that_gets_503_because_a_commit_is_slow_is_not_stored(api, monkeypatch):
-    def wait_in_vain():
-        with pytest.raises(StorageUnavailable):
-            add(api.server)
-
-    monkeypatch.setattr(backfeedr, "MAX_COMMIT_WAIT", 0.1)
-    receipt, = run_together(api.server.store, [lambda: add(api.server)], wait_in_vain)
-    assert len(receipt.seqs) == count(api.server, "crashes") == 1
-
-
 def test_many_threads_share_commits_and_lose_nothing(api):
     server, seqs = api.server, []
 
@@ -4474,19 +4464,22 @@ def test_an_interrupted_request_leaves_the_queue_and_the_others_are_stored(api):
     assert leader.replayed is add(api.server).replayed is False
 
 
-@pytest.mark.parametrize("limit, events", [({"max_waiters": 2}, 1), ({"max_rows": 200}, 100)])
-def test_too_many_waiting_requests_are_refused_at_once_but_a_large_one_alone_is_not(tmp_path, limit, events):
-    with Store(str(tmp_path / "small.db"), **limit) as store:
-        key_hash, batch = backfeedr.sha256(store.create_app("Shop")), [parse_event(dict(EVENT))] * events
+@pytest.mark.parametrize("limits, max_wait, others, events", [
+    ({"max_waiters": 2}, 30, 2, 1), ({"max_rows": 200}, 30, 2, 100), ({}, 0.1, 1, 1)])
+def test_a_request_that_waits_too_long_or_with_too_many_is_not_stored_but_a_large_one_alone_is(
+        server, monkeypatch, limits, max_wait, others, events):
+    monkeypatch.setattr(backfeedr, "MAX_COMMIT_WAIT", max_wait)
+    vars(server.store).update(limits)
+    batch = [parse_event(dict(EVENT))] * events
 
-        def one_too_many():
-            with pytest.raises(StorageUnavailable) as error:
-                store.add(key_hash, batch)
-            assert error.value.retry_after >= 1
+    def one_too_many():
+        with pytest.raises(StorageUnavailable) as error:
+            server.store.add(KEY_HASH, batch)
+        assert error.value.retry_after >= 1
 
-        run_together(store, [lambda: store.add(key_hash, batch)] * 2, one_too_many)
-        assert len(sql(store.path, "select seq from events")) == 2 * events
-        assert len(store.add(key_hash, batch * 3).seqs) == 3 * events
+    run_together(server.store, [lambda: server.store.add(KEY_HASH, batch)] * others, one_too_many)
+    assert count(server, "events") == others * events
+    assert len(server.store.add(KEY_HASH, batch * 3).seqs) == 3 * events
 
 
 def test_submissions_of_one_call_share_a_commit_and_each_has_its_own_outcome(api):
@@ -4511,21 +4504,19 @@ def test_submissions_of_one_call_share_a_commit_and_each_has_its_own_outcome(api
 
 
 def test_ids_ascend_after_small_clock_changes_and_deletions(keeping, clock):
-    server, ids = keeping(1), []
-    api, shop = Api(server), server.store.create_app("Shop")
-    for seconds, delete in ((0, None), (0, lambda: server.store.forget_device("d")), (-3600, server.store.prune),
-                            (-20 * 3600, lambda: server.store.delete_app("Shop")), (7200, None),
-                            (2 * A_DAY, server.store.prune), (60 - A_DAY, None)):
+    server, seqs = keeping(1), []
+    store, shop = server.store, server.store.create_app("Shop")
+    for seconds, key, deletes in ((0, KEY, None), (0, KEY, lambda: store.forget_device("d")), (-3600, KEY, store.prune),
+                                  (-20 * 3600, shop, lambda: store.delete_app("Shop")), (7200, KEY, None),
+                                  (2 * A_DAY, KEY, store.prune), (60 - A_DAY, KEY, None)):
         clock.move(seconds)
-        for path, body in ((CRASHES, CRASH), (EVENTS, EVENT), (CRASHES, CRASH)):
-            key = shop if seconds < -7200 and delete else KEY
-            ids.append(api.post(path, {**body, "device_id_hash": "d"}, key=key)[1]["id"])
-        if delete:
-            delete()
+        for kind in ({}, {"type": "custom"}, {}):
+            seqs += add(server, key=key, device_id_hash="d", **kind).seqs
+        if deletes:
+            deletes()
     server.close()
-    ids.append(Api(keeping()).post(EVENTS, EVENT)[1]["id"])
-    numbers = [int(each[-16:], 16) for each in ids]
-    assert numbers == sorted(set(numbers)) and len(numbers) == 22
+    seqs += add(keeping(), type="custom").seqs
+    assert seqs == sorted(set(seqs)) and len(seqs) == 22
 
 
 def in_a_child(check):
@@ -4653,8 +4644,8 @@ def test_an_upgrade_needs_a_sqlite_that_drops_columns_without_damage(serve, serv
 
 
 def make_old_database(path, version):
-    """Makes a database of version 1 or 2: two apps with three crashes and six events. Some rows of the table `days` are
-    left out: a migration without expired reports only drops it."""
+    """Makes a database of version 1 or 2: two apps with three crashes and six events. Tables that a migration drops
+    unread are empty."""
     with closing(sqlite3.connect(str(path))) as db:
         db.executescript(zlib.decompress(base64.b85decode("".join(VERSION_2.split()))).decode())
         if version == 1:
@@ -4739,9 +4730,11 @@ def test_an_older_database_gets_the_new_schema_and_keeps_its_reports(tmp_path, k
     check_database(path, forgotten=True)
 
 
-def named_reports(server):
-    """All reports, by column: its place differs after a migration."""
-    return [rows_by_name(server, f"select * from {table} order by seq") for table in ("crashes", "events")]
+def named_rows(server):
+    """All reports, by column, with the names of their apps instead of the ids, which may differ between files."""
+    return [[{**row, "app_id": None} for row in rows_by_name(server, f"""
+        select apps.name as app, is_test, reports.* from {table} as reports join apps on apps.id = app_id order by seq
+        """)] for table in ("crashes", "events")]
 
 
 @pytest.mark.parametrize("version", [4, 5, 6])  # 3 was never released
@@ -4757,14 +4750,14 @@ def test_a_migration_loses_nothing_on_any_engine(keeping, serve, clock, caplog, 
     server.store.triage(ABORTS, {"state": "resolved"}, app="default")
     server.close()
     sql_run(server, "insert into regroupings values (1, 'aaaaaaaaaaaaaaaa', 0, 'bbbbbbbbbbbbbbbb')")
-    before, reports = stored(server), named_reports(server)
+    before, reports = stored(server), named_rows(server)
     sql_run(server, "update regroupings set seq = 5")
     downgrade(server.store.path, version)
     keeping().close()
     assert version_of(server.store.path) == backfeedr.SCHEMA_VERSION
     assert f"upgrading the database from schema {version} to {backfeedr.SCHEMA_VERSION}" in caplog.text
     after = stored(server)
-    assert named_reports(server) == reports
+    assert named_rows(server) == reports
     for rows in (before, after) if version == 4 else ():  # "" has the times of its version, as schema 4 knew no others
         rows["builds"] = [row for row in rows["builds"] if row[2]]
     for table in after.keys() - {"crashes", "events"}:
@@ -4819,25 +4812,22 @@ def test_a_migration_that_fails_leaves_the_database_as_it_was(tmp_path, serve):
 
 
 VERSION_2 = """
-c-p;KS#RSu5Pt8k5EdvD18PCiy4*fF+1;l_Uy1_zCeRX{2$3Z(B{>Ne{qG&>Bx&l1x7Y-+!$ULQd~<N9m@`^2tD=XDS@e7^tvf4CtTeCKBjeVYrzgtatY`LS
-(Yh+qJm&1g^2)JtdV=TJYh~pH{MA`z)p`1@W{#DXQN_w?kkW5(thiB^MD%)b^XD(I3<gvRFz^*U(elYUWW_<o;|REsgmu(%=Iofhs^DgII~He`;#pnXSTAYy
-RMeHli<dOf;FS!96(AgWP{56t2Los2J#v~0an^*f?Dd>-RvMX`6&!OA$b{sQeKR@M5e{z*cw{-_f+LG&FBIsf@EGjOtK*&hE5iP(?FcEGjde+RRnu(737o|&
-y-e|4#Bt5})aoNI>T~OM&57(aX6Gs`@~C<{GksNnxiDVBdb8wMhdRxYD6dZkP|!{lrM4$wmo#S4sYqC+PNm5R!m+X<rWxx7N6z38b}IN=bOI;WC&tql6w<0<
-Fqg3lNCQV?O+Lg=ls~5VV{fc%32Z6{Fl9yK=cwW|?lr*&r_KLkillkMUVGO@hqtI<%mOK+yIar5WGYTke4tP#Q>3z^6Qk!W*xUy3kA)h$RMF22H&ZALX>E$C
-n?tB%rFbgpXwYKn%!@PQRSNE#c74k<XXlK*jcztr1*AW#6-clI1sW=|HhoNaSw*tb<VVg02dBQ5a{1`E>tj)1+Dz4}HmEzxL{QU5CPI3!RZ^()(Xu_uhruBR
-3RrG<G^2}aCh8Jl$B`GOi8b8~T}+iaHY1f<CN7;;Wh;4xA1yXlhR2NgP|CP^;6g-$kJXv$>@u1=qFXQ(7Wk~4VuP_YX$z;m0z@BaomCccMjGcf^`SVo$7rGe
-wqRVckn^y9qiG4PXV+gA)=vxTIeUo<I3wp#9K_*=m$wAVTej%OUD-tI8ZpsnUeJjpDa|2I;v!GVG5F1yP2ZNnpoX(^DWA=;ph39K|8i|D2l<1z1-zVP(BsUP
-XT1*mAGLXvlUHTOikxocB+<?JFEOx=&uFO}%y2pt9q)?)rE8pv+x~1HaVrPBY>u1;n%x;aux!@iW6H8*ovn?q>r0|J7$)p*)OD%Q$lEO4@}L)=HQ?5(&%|}&
-=F}0rR=&Eg8&R(zAiDL8o+js=eiQQFff_m)_<!oEf1z2;mT%>0UP5y(_7&}$mgYI20XueA8f*tSI0&}b+oI-Y<J=L){`;voUoWW=o7W}1#IN=qh3M1$_F?-u
-@E`X3?H;51Pa(ngcz6F0e)Jx~d-Cw`(G7i!_kr(*;pfl3i#_Cqdl!Yi?EtF7G0LFdju0kW*Yg8gMd1AP&zCP6jN$qTEuk}9L8q^s^5s+waILt=7y0!U)c%5{
--`BN!x^hLo&L!nm-rdSJqx(W{M?%jJfu=A({uW^%Pi3kZxjVNV*`Bwfj3y`~zMFW#&UWlQ{Ndk`-H_UT*e94vuskI#a(OSri2`GXLeS-qp8x}2!*G2+3|!=6
-&m%i`*RioBUO2)a+W|&$3|N4ehY0pu_vnJU`v%6f&Pg2VhZdCmYl)RH*+!p8_8VV|$hVa-0>|6^d<c1N07G*KdBp2T>oqi&td5f_&k45d66uub(IPbZXhLH@
-8Z<&v{Db;-A>IYp9Gy2=h*xPO6B^%d;W~X=Bcq}~%viYc!>G_TDD-#!F6b39&I>+~$O!?<u25*1)W3=ukFKw_4{Ut3xA3_FktVP2mF1%l+ghDc%Y~`H5aba8
-AkY?U`2GQ$_Tdlgz&D2Pe{DflYoN-9HZq_ma2_^-h1<V3lE@UqF?5Z=-b2I^L=dR*G4$UOAtIlQ1;UiVDh@TgMJ%^eR1>~3%w2^YY2)8yqbcQ<5vdHctzmCI
-a@-yEzy(OOKcHPq5YP9A39RqH%?=!hp@W7AR~*Vno*>!|5Q;k)M1O?Hk6=BB<%~dG%rqOFPQvipafq65P?t~(N8i*GEk#x{(=q5ZEn>TKYt%T1!)t)yHNg5{
-#u_m3?a8?C8eHT`8Zt@KC?8&c$h-?No@jd{kYbD_HSJihYTfGzDeIcTKX+PmXxoHpdX?)YXB?qnH+hF_Bg`mKD{w2WBT-V&&!|GWE3|U=7&{r;`K=Ev(e`!L
-sXJP^(z4pO%OdtG_S{eI=@ji}H*5z9WYH8dZwgsq3Ymwga^2nb#}J+BxVia28AhZ@@`*;dDbCs%sg7FqrgWou-F*z)uAAI!w~^3DJtBtkZcu{d;%+cOsrAO^
-wd1*Y572A2+jk^UndULX0f=#l@D$8fFfSrRq^j-gMEUv;JcnM<
+c-p;K$!_B~5WUY==rT|Y2n|xZFefM7eQL~QFhJh~S}Hq2v^6C;$=^>=yJ&532Av>^$)c)Wy;?{*;J`{yN_L7tVR>FC4^gN@X$cqLO3tH%@pt6~-W67rS(FAG
+5=cu;Nm+ug!CR@M8U9sqtW;_As{&1l3crM+?6q_YG$p95g+99#9{&0x7-K<`hy|biGb^5zQ=FZ~a5MqdA3+_A<Q&e?+Z5ZXX-(m9&0eO$gYp`c&skL}JbR5o
+30(m=ED_*9!vx%bx%Y2X--WYOs9W$A-tve;G0WSk-hiV*K*a_8nu{t1D{SCjAO$WMQds=Tkb8!2;mWi;Kd65aYQL!(y8Y{LP_7X#D;BSWfI|S$b&2gP2rAB(
+q!*r5c@uOggzy$XUPf8!m+v{qQUT@)yg+#^(v(vb#i5^8$q5ZKQ&}Oc3E>(A;3ruK@pLK*2N0SPX90_$9h^DfE0ART-A^#YRRTN;&>$;Iz_}Q%s14%~*ToP#
+Gk%HEOXuv^6I@jEV2Y9jFMi2c&{@I<XZ7cyKB6>)w=S~&>D{jxQ&3AE?Iti|E+;XWgkZwln4u{-GB0wyqRVv#e=gDBTKc~;+2#_dFX_3Qx;udiD8yTSOM{eA
+InQ$7WrV?74tzs2hddUvJuDJ}oWD$)k01$KGxlU@`W*41^v5w9zmjJhL;6w1$D2l<i2~DMsaG`_-8v>Rnq5HTbMNZNpiD<Y_8J{C;h13n(wSFdwkexqE);H@
+d6q25<S4WmRmj+8nUu<KYo96_&CB#iiMca5R=me9#-}?irZYx(I&)iEv)&HqHatZEUvpE)XHO(e%akQZ^O;p~sSs@-acxnThihwQJruw;d<)m>9mRKg7P4wp
+{<<MgHsmS11{rRS>nKiQ*Q47@ob4qB`FtenT-~F_Pu3MB5JoJ;DhaYQEQZvdFKhO`l?4@Un;XSEp9&I!+u|?wwsF+otJ{FfA;z=KYG;;v!2i*fcZGOYZR{xM
+Mo;M9UHl^k_R;BY^nw*imvZA{88A64t|e`^sSmIxJNvCSjXKHgn4KVAbNC!V9PV?q)^&R?oKJ-X_iJ-)9n|^`TNgV#fv@4e_qwxig}A$J#1SjqeViLm@A2Qi
+b8}wi=7Uia`ab{~PcZm->27~zaRuA=@F*?tL@(B5%@-^6d&mOS)V3|C8quiZ7}PRI{d3SBbWQ!|Im>TFQ;qf4Bb~;d>XEqQ+oSPhe0S`p<Iy-$^7zfw=_B<X
+pWLt3ll!PYJ$*G@o6@6Wo38u)yKPd7nC{UeuB~c_>U8#FJZ1ZY>V|3Ajygr4{r&Hc9}<i%4!v)#<>{_vyQsr;h;0yxnx|^&k?EPuNVP1F0Sk$%+h%Avo~o%w
+{G(rpT3c)$YJzhi9Z!vfe7qJ(oWSsii?%fVH^88`FihKa9h2D9vUJb%S~d*bat9c?(ZdMO4mboXqEpK>&nB9CtYO^RT*NVbND*uA>9YZ|Ob3Va0kd?gh1i{b
+>T`aJ;D#rGO)ZEFP>zkTXp;qt-Ke*SC$mr5^IYmVbUqjE@{sPbs4rOjxQF}f8MBOva$NCn=VR8OIb+cFY|rTo0_PcDD4S46&u&midE0##Fm%zMs*P;?R1JLY
+KqTpFwxmuQ(M*q8u8v(7p`(jpLbq(YpP=#zTCbpv7;2=SFh#>7;|X0_fl6tsLziFC$FEQcaya%M8yYt6cA?g4=zrTliA9z^6_Eyxyr@pmiLQF4jh|KTP0dPU
+)?%-Y?g2*k0HZB1DghJ!tuZdT2bX@Mjm&A2DDUrFW8Q@tOKd44kYY?nW}2~_!|j!5bQGw|e62UMXlql=K5)B%3?tI7)<2+o3bQ%>bQsm<Wat-B8h|SD)6|9I
+IA7wt=prI9Rn0^4{sR-EcAE
 """
 
 
@@ -4856,13 +4846,6 @@ def answers(server):
     api = Api(server)
     return {(path, app): api.get(f"{path}?limit=100{app}", Authorization="Bearer " + TOKEN)
             for path in [*METRICS, CRASHES, EVENTS] for app in ("", "&app=default", "&app=Shop", "&app=Beta")}
-
-
-def named_rows(server):
-    """All reports with the names of their apps instead of the ids, which may differ between files."""
-    return [[(*row[:4], *row[5:]) for row in sql(server, f"""
-        select apps.name, is_test, reports.* from {table} as reports join apps on apps.id = app_id order by seq
-        """)] for table in ("crashes", "events")]
 
 
 @pytest.mark.parametrize("seed, days", [(0, 0), (1, 10)])
@@ -4959,10 +4942,10 @@ def test_an_export_has_the_reports_from_when_it_began_and_reads_them_in_pages(se
     first = next(reports)
     assert [reader.in_transaction for reader in server.store._process.readers] == [False], "no read stays open"
     add(server, type="custom")
-    assert [first.seq, *(kept.seq for kept in reports)] == [row[2] for row in events]
-    since = events[20][4]
+    assert [first.seq, *(kept.seq for kept in reports)] == [row["seq"] for row in events]
+    since = events[20]["received_at"]
     assert [(kept.seq, kept.app) for kept in server.store.export(backfeedr.Event, "Shop", since)] \
-        == [(row[2], "Shop") for row in events if row[0] == "Shop" and row[4] >= since]
+        == [(row["seq"], "Shop") for row in events if row["app"] == "Shop" and row["received_at"] >= since]
     with pytest.raises(StoreError, match="no app named 'Nope'"):
         next(server.store.export(backfeedr.Crash, "Nope"))
 
@@ -5047,9 +5030,7 @@ def moved_away(path, *_, is_replaced=False):
     away.rename(path)
 
 
-def replaced(path, *_):
-    """A copy, such as a restored backup, takes the place of the file."""
-    return moved_away(path, is_replaced=True)
+replaced = partial(moved_away, is_replaced=True)  # by a copy, such as a restored backup
 
 
 @contextmanager
@@ -5060,10 +5041,10 @@ def broken_sync(path, monkeypatch, caplog):
         return execute(db, statement, *args)
 
     execute = backfeedr.Connection.execute
-    monkeypatch.setattr(backfeedr.Connection, "execute", failing)
-    yield
+    with monkeypatch.context() as broken:
+        broken.setattr(backfeedr.Connection, "execute", failing)
+        yield
     assert "disk I/O error" in caplog.text
-    monkeypatch.setattr(backfeedr.Connection, "execute", execute)
 
 
 @sqlite_only
