@@ -6487,36 +6487,46 @@ def verdicts(api):
             for row in api.get("/api/v1/releases?app=default")[1]["releases"]}
 
 
-def test_a_release_is_compared_with_the_one_before_it_at_equal_ages(keeping, clock):
-    api = Api(keeping())
-    send_devices(api.server, "1.9", 100, 4)
-    clock.move(5 * 3600)
-    send_devices(api.server, "1.9", 200, 200)  # at an age that the next release has not reached
-    clock.move(A_DAY)
-    send_devices(api.server, "1.10", 100, 12)
-    assert verdicts(api) == {"1.10": None, "1.9": None}, "the first hour is not over"
-    clock.move(3600)
-    send_devices(api.server, "1.8", 100, 100)  # a late report does not make an old version new
-    worse = "worse: 88 % of devices crash-free, 96 % before"
-    assert verdicts(api) == {"1.8": None, "1.10": worse, "1.9": None}
-    verdict, = (row["verdict"] for row in api.get("/api/v1/releases")[1]["releases"] if row["verdict"])
-    assert verdict == {"word": "worse", "text": worse, "interval": [-16.2, -0.3], "before": "1.9"}
-    clock.move(5 * 3600)
-    assert verdicts(api)["1.10"] == "better: 88 % of devices crash-free, 0 % before"
-    send_devices(api.server, "1.11", 100, 0)
-    clock.move(3600)
-    assert verdicts(api)["1.11"] == "better: 100 % of devices crash-free, 88 % before"
-    for n in range(12):
-        api.server.store.forget_device(f"1.10 {n}")
-    assert verdicts(api)["1.11"] == "no difference seen: 100 % of devices crash-free, 100 % before", \
-        "the devices that crashed are forgotten"
+def said(word, after, before):
+    return f"{word}: {after} % of devices crash-free, {before} % before"
 
 
-def test_releases_that_appear_together_are_compared_in_the_order_of_their_versions(api, clock):
-    for version, crashed in (("1.10", 50), ("1.9", 1)):
-        send_devices(api.server, version, 100, crashed)
-    clock.move(3600)
-    assert verdicts(api) == {"1.10": "worse: 50 % of devices crash-free, 99 % before", "1.9": None}
+# What is sent: a version, devices, and how many of them crash. Numbers are hours that pass. Then the verdicts.
+RELEASES = {
+    "a release is compared with the one before it at equal ages": [
+        ("1.9", 100, 4), 5, ("1.9", 200, 200), 24,  # at an age that the next release has not reached
+        ("1.10", 100, 12), {"1.10": None, "1.9": None}, 1,  # the first hour is not over
+        ("1.8", 100, 100), {"1.8": None, "1.10": said("worse", 88, 96), "1.9": None}, 5,  # it is old, but late
+        {"1.10": said("better", 88, 0)},
+        ("1.11", 100, 0), 1, {"1.11": said("better", 100, 88)},
+        lambda server: [server.store.forget_device(f"1.10 {n}") for n in range(12)],  # those that crashed
+        {"1.11": said("no difference seen", 100, 100)}],
+    "releases that appear together are compared in the order of their versions": [
+        ("1.10", 100, 50), ("1.9", 100, 1), 1, {"1.10": said("worse", 50, 99), "1.9": None}],
+    "a release is not compared with one that hardly anybody had": [
+        ("1.0", 200, 2), 24, ("1.1", 12, 0), 24, ("1.2", 200, 40), 24, {"1.2": said("worse", 80, 99)},
+        ("1.3", 60, 0), 24, {"1.3": said("better", 100, 80)}],  # 12 devices of 1.1 are enough, but 1.2 is nearer
+    "releases first seen more than 90 days ago are judged only if current": [
+        ("1.0", 100, 4), 1, ("1.1", 100, 30), 1 + 89 * 24, ("1.2", 1, 0), {"1.1": said("worse", 70, 96)}, 24,
+        {"1.1": None, "1.2": "too early: about 660 more devices needed"}, 90 * 24,
+        {"1.2": "too early: about 660 more devices needed"}],
+    "a verdict stays after its devices have expired": [
+        ("1.0", 100, 4), 48, ("1.1", 100, 24), 22 * 24, lambda server: count(server, "device_versions") == 0,
+        {"1.1": said("worse", 76, 96), "1.0": None}]}
+
+
+@pytest.mark.parametrize("steps", RELEASES.values(), ids=RELEASES)
+def test_verdicts_on_releases(keeping, clock, steps):
+    api = Api(keeping(10))
+    for step in steps:
+        api.server.store.prune()
+        if isinstance(step, tuple):
+            send_devices(api.server, *step)
+        elif isinstance(step, dict):
+            found = verdicts(api)
+            assert {version: found[version] for version in step} == step
+        else:
+            assert step(api.server) if callable(step) else clock.move(step * 3600) is None
 
 
 def test_a_worse_release_is_not_reported_if_it_is_the_newest_of_another_app_only(subscribed, clock):
@@ -6588,41 +6598,6 @@ def test_the_newest_release_of_each_app_comes_before_the_most_used_ones(server, 
         add(server, key=key, type="custom", app_version="2.0", device_id_hash="t")
     assert [(row["app"], row["app_version"]) for row in server.metrics.current_releases()] == [
         ("A", "2.0"), ("B", "2.0"), ("A", "1.0"), ("B", "1.0")]
-
-
-def test_a_release_is_not_compared_with_one_that_hardly_anybody_had(api, clock):
-    for version, devices, crashed in (("1.0", 200, 2), ("1.1", 12, 0), ("1.2", 200, 40)):
-        send_devices(api.server, version, devices, crashed)
-        clock.move(A_DAY)
-    assert verdicts(api)["1.2"] == "worse: 80 % of devices crash-free, 99 % before"
-    send_devices(api.server, "1.3", 60, 0)  # 12 devices of 1.1 are enough for this one, but 1.2 is nearer
-    clock.move(A_DAY)
-    assert verdicts(api)["1.3"] == "better: 100 % of devices crash-free, 80 % before"
-
-
-def test_releases_first_seen_more_than_90_days_ago_are_judged_only_if_current(keeping, clock):
-    api = Api(keeping(400))
-    for version, crashed in (("1.0", 4), ("1.1", 30)):
-        send_devices(api.server, version, 100, crashed)
-        clock.move(3600)
-    clock.move(89 * A_DAY)
-    send_devices(api.server, "1.2", 1, 0)
-    assert verdicts(api)["1.1"].startswith("worse")
-    clock.move(A_DAY)
-    assert verdicts(api)["1.1"] is None and verdicts(api)["1.2"].startswith("too early")
-    clock.move(A_DAY * 90)
-    assert verdicts(api)["1.2"].startswith("too early"), "the newest one is judged however old it is"
-
-
-def test_a_verdict_stays_after_its_devices_have_expired(keeping, clock):
-    api = Api(keeping(10))
-    for version, crashed in (("1.0", 4), ("1.1", 24)):
-        send_devices(api.server, version, 100, crashed)
-        clock.move(2 * A_DAY)
-    clock.move(20 * A_DAY)
-    api.server.store.prune()
-    assert count(api.server, "device_versions") == 0
-    assert verdicts(api) == {"1.1": "worse: 76 % of devices crash-free, 96 % before", "1.0": None}
 
 
 @pytest.mark.parametrize("devices, crashed, is_reported", [(50, 15, True), (49, 15, False), (50, 8, False)])
