@@ -4566,20 +4566,16 @@ def test_a_foreign_file_is_refused_unchanged_and_an_empty_one_becomes_a_database
 
 def test_a_directory_without_write_permission_is_refused():
     """Runs as an ordinary user in a process of its own, because root may write everywhere."""
-    folder = Path(tempfile.mkdtemp())
-
     def is_refused():
         if not os.geteuid():
             os.seteuid(65534)
         with pytest.raises(StoreError, match="Permission denied$"):
-            Store(str(folder / "test.db"))
+            Store(folder + "/test.db")
         return True
 
-    folder.chmod(0o555)
-    try:
-        assert in_a_child(is_refused) and list(folder.iterdir()) == []
-    finally:
-        folder.rmdir()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o555)
+        assert in_a_child(is_refused) and os.listdir(folder) == []
 
 
 def version_of(path):
@@ -4624,23 +4620,19 @@ def test_a_start_waits_longer_for_a_process_that_may_be_upgrading(serve, monkeyp
 
 
 @sqlite_only
-def test_a_start_that_waited_for_a_newer_one_leaves_its_schema_alone(serve, server, monkeypatch):
+def test_an_upgrade_needs_a_sqlite_that_drops_columns_without_damage_and_no_newer_start_meanwhile(
+        serve, server, monkeypatch):
     server.close()
     downgrade(server.store.path, 6)
+    with monkeypatch.context() as older, pytest.raises(
+            StoreError, match="to upgrade .*test.db, SQLite 3.35.5 or later is needed; this Python has"):
+        older.setattr(sqlite3, "sqlite_version_info", (3, 35, 4))
+        serve()
+    assert version_of(server.store.path) == 6
     seen = []
     monkeypatch.setattr(backfeedr, "check_compatible", lambda db, path: seen.append(db.in_transaction))
     serve()
     assert seen == [False, True], "nobody else can write after the second look"
-
-
-@sqlite_only
-def test_an_upgrade_needs_a_sqlite_that_drops_columns_without_damage(serve, server, monkeypatch):
-    server.close()
-    downgrade(server.store.path, 6)
-    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 35, 4))
-    with pytest.raises(StoreError, match="to upgrade .*test.db, SQLite 3.35.5 or later is needed; this Python has"):
-        serve()
-    assert version_of(server.store.path) == 6
 
 
 def make_old_database(path, version):
@@ -4955,26 +4947,18 @@ def test_an_export_has_the_reports_from_when_it_began_and_reads_them_in_pages(se
 UNAVAILABLE = (503, {"error": "storage unavailable"})
 
 
-@pytest.fixture
-def disk(monkeypatch):
-    """Limits the pages of the database for connections that are opened from now on; None is no limit."""
-    disk, open_connection = SimpleNamespace(pages=None), backfeedr.Connection.__init__
-
-    def init(db, *args, **kwargs):
-        open_connection(db, *args, **kwargs)
-        if disk.pages is not None:
-            db.execute(f"pragma max_page_count = {disk.pages}")
-
-    monkeypatch.setattr(backfeedr.Connection, "__init__", init)
-    return disk
-
-
 @sqlite_only
-def test_a_full_disk_fails_whole_commits_and_health_until_there_is_room(server, disk):
+def test_a_full_disk_fails_whole_commits_and_health_until_there_is_room(server, monkeypatch):
+    def open_with_limit(db, *arguments, **options):
+        open_connection(db, *arguments, **options)
+        db.execute(f"pragma max_page_count = {max_pages}")
+
     api, event = Api(server), {**EVENT, "properties": {"text": "x" * 300}}
     add(server)
     before = stored(server)
-    disk.pages = sql(server, "pragma page_count")[0][0] + 3  # enough for some rows of the commit
+    max_pages = sql(server, "pragma page_count")[0][0] + 3  # enough for some rows of the commit
+    open_connection = backfeedr.Connection.__init__
+    monkeypatch.setattr(backfeedr.Connection, "__init__", open_with_limit)
     server.store._process.close_writer()
     calls = [lambda: add(server)] * 3 + [lambda: add(server, 100, **event)] * 2
     for _ in range(2):
@@ -4988,7 +4972,7 @@ def test_a_full_disk_fails_whole_commits_and_health_until_there_is_room(server, 
         assert api.post(BATCH, {"events": [event] * 100}) == UNAVAILABLE
         server.store.grant("session", 1000)  # a small write finds room, but proves nothing about reports
         assert api.get("/api/v1/health") == UNAVAILABLE
-    disk.pages = 1_000_000
+    max_pages = 1_000_000
     assert api.get("/api/v1/health")[0] == 200
     assert {type(outcome) for outcome in run_together(server.store, calls)} == {backfeedr.Receipt}
     assert count(server, "events") == 200
