@@ -4535,15 +4535,13 @@ def test_close_may_be_called_twice_and_folds_the_wal_in(api, server):
     assert count(server, "crashes") == 1
 
 
-def test_a_foreign_file_is_refused_unchanged_and_an_empty_one_becomes_a_database(tmp_path):
-    path, broken = tmp_path / "other.db", "cannot open the database .*other.db"
-    sql_run(tmp_path / "theirs.db", "create table theirs (a)")
-    for content, error in ((b"junk" * 1000, broken), (b"SQLite format 3\x00" + b"junk" * 1000, broken),
-                           ((tmp_path / "theirs.db").read_bytes(), "not one of backfeedr's")):
-        path.write_bytes(content)
-        with pytest.raises(StoreError, match=error):
-            Store(str(path))
-        assert path.read_bytes() == content
+def test_a_damaged_file_is_refused_unchanged_and_an_empty_one_becomes_a_database(tmp_path):
+    """For files of other programs see ERRORS."""
+    path, content = tmp_path / "other.db", b"SQLite format 3\x00" + b"junk" * 1000
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match="cannot open the database .*other.db"):
+        Store(str(path))
+    assert path.read_bytes() == content
     path.write_bytes(b"")
     with Store(str(path)) as store:
         assert store.apps() == []
@@ -4885,16 +4883,6 @@ def test_expired_reports_are_not_imported_and_never_counted_twice(keeping, serve
     assert [app.name for app in other.store.apps()] == ["default"], "none is made for expired reports"
 
 
-def test_a_test_app_is_not_imported_into_a_live_one(serve):
-    server, other = serve(), serve("other.db")
-    for each, is_test in ((server, True), (other, False)):
-        add(each, key=each.store.create_app("Shop", is_test))
-    before = stored(other)
-    with pytest.raises(StoreError, match="the app 'Shop' is a live one here"):
-        hand_over(server, other)
-    assert stored(other) == before
-
-
 def test_imported_names_count_as_new_on_the_day_of_their_receipt(serve, clock, monkeypatch):
     """So the limit of a day does not apply to the names of many days."""
     monkeypatch.setitem(backfeedr.MAX_NEW_NAMES, "app_version", 5)
@@ -4922,8 +4910,6 @@ def test_an_export_has_the_reports_from_when_it_began_and_reads_them_in_pages(se
     since = events[20]["received_at"]
     assert [(kept.seq, kept.app) for kept in server.store.export(backfeedr.Event, "Shop", since)] \
         == [(row["seq"], "Shop") for row in events if row["app"] == "Shop" and row["received_at"] >= since]
-    with pytest.raises(StoreError, match="no app named 'Nope'"):
-        next(server.store.export(backfeedr.Crash, "Nope"))
 
 
 # -- Faults
@@ -5451,16 +5437,13 @@ def test_a_server_delivers_in_a_thread_and_stops_even_while_a_receiver_hangs(ale
 def test_facts_are_kept_only_while_there_is_a_channel_for_them(server, clock, receiver):
     note(server)
     assert stored(server, "facts") == {"facts": []}, "there is no channel"
-    number, _ = server.alerts.add(receiver.url, kinds=["crash.spread"])
+    server.alerts.add(receiver.url, kinds=["crash.spread"])
     note(server)
     assert deliver_later(server, clock) == NONE_DUE and stored(server, "facts") == {"facts": []}, "no channel wants it"
     note(server)
     clock.move(8 * 86400)
     assert Api(server).post(CRASHES, CRASH)[0] == 201
     assert [row[4] for row in stored(server, "facts")["facts"]] == [group_hash("SIGABRT", [])], "nothing was delivered"
-    server.alerts.remove(number)
-    with pytest.raises(StoreError, match=f"there is no channel {number}"):
-        server.alerts.remove(number)
 
 
 def test_a_channel_gets_the_facts_it_asked_for_of_its_app_or_of_all_live_apps(server, clock, receivers):
@@ -6331,7 +6314,7 @@ def test_releases_are_sorted_by_first_appearance_or_version_and_name_apps_only_t
         [None] * 3, ["default"] * 3, ["default"] * 3]
 
 
-VERDICTS = [  # devices and crashed devices of the release before and of the newer one
+@pytest.mark.parametrize("before, newer, text, interval", [  # devices, and those that crashed, of two releases
     ((100, 4), (100, 12), "worse: 88 % of devices crash-free, 96 % before", [-16.2, -0.3]),
     ((300, 36), (300, 12), "better: 96 % of devices crash-free, 88 % before", [3.7, 12.5]),
     ((400, 16), (400, 16), "no difference seen: 96 % of devices crash-free, 96 % before", [-2.8, 2.8]),
@@ -6343,10 +6326,7 @@ VERDICTS = [  # devices and crashed devices of the release before and of the new
     ((19, 0), (19, 19), "too early: about 10 more devices needed", [-100.0, -76.2]),
     ((60, 60), (60, 60), "no difference seen: 0 % of devices crash-free, 0 % before", [-6.0, 6.0]),
     ((500, 0), (0, 0), "too early: about 50 more devices needed", None),
-    ((0, 0), (500, 0), "too early: about 50 more devices needed", None)]
-
-
-@pytest.mark.parametrize("before, newer, text, interval", VERDICTS)
+    ((0, 0), (500, 0), "too early: about 50 more devices needed", None)])
 def test_a_verdict_says_what_the_interval_of_the_difference_allows(before, newer, text, interval):
     verdict = backfeedr.verdict(backfeedr.Health(*newer), backfeedr.Health(*before))
     assert verdict == {"word": text.partition(":")[0], "text": text, "interval": interval}
