@@ -6471,7 +6471,10 @@ def test_a_release_that_is_surely_worse_is_reported_once(
     """It takes 50 devices. 8 of 50 are worse than 4 of 100, but with a look each hour, chance would do as much."""
     server = subscribed.server
     play(server, clock, ("1.0", 100, 4), 24, ("1.1", devices, crashed), 24)
-    assert verdicts(subscribed)["1.1"].startswith("worse")
+    verdict = backfeedr.verdict(backfeedr.Health(devices, crashed), backfeedr.Health(100, 4))
+    assert verdict["word"] == "worse"
+    assert [row["verdict"] for row in subscribed.get("/api/v1/releases")[1]["releases"]] == [
+        {**verdict, "before": "1.0"}, None]
     with monkeypatch.context() as failing:  # then a later commit reports it
         failing.setattr(Store, "_upkeep_step", raising(StorageUnavailable))
         add(server, type="custom")
