@@ -4535,13 +4535,15 @@ def test_close_may_be_called_twice_and_folds_the_wal_in(api, server):
     assert count(server, "crashes") == 1
 
 
-def test_a_damaged_file_is_refused_unchanged_and_an_empty_one_becomes_a_database(tmp_path):
-    """For files of other programs see ERRORS."""
-    path, content = tmp_path / "other.db", b"SQLite format 3\x00" + b"junk" * 1000
-    path.write_bytes(content)
-    with pytest.raises(StoreError, match="cannot open the database .*other.db"):
-        Store(str(path))
-    assert path.read_bytes() == content
+def test_a_foreign_file_is_refused_unchanged_and_an_empty_one_becomes_a_database(tmp_path):
+    path, broken = tmp_path / "other.db", "cannot open the database .*other.db"
+    sql_run(tmp_path / "theirs.db", "create table theirs (a)")
+    for content, error in ((b"junk" * 1000, broken), (b"SQLite format 3\x00" + b"junk" * 1000, broken),
+                           ((tmp_path / "theirs.db").read_bytes(), "not one of backfeedr's")):
+        path.write_bytes(content)
+        with pytest.raises(StoreError, match=error):
+            Store(str(path))
+        assert path.read_bytes() == content
     path.write_bytes(b"")
     with Store(str(path)) as store:
         assert store.apps() == []
