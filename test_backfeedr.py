@@ -5892,7 +5892,7 @@ class SlowMetrics:
         (name, _, _, _, reason, *_), app = max(groups, key=lambda group: group[0][3])
         first_version = min(groups, key=lambda group: group[0][1])[0][2]
         crashes = [row for row in self.crashes if (row["app_id"], row["group_hash"]) == (app, group)]
-        frame, = max(crashes, key=lambda row: (row["at"], row["seq"]))["sent"]["stack_trace"] if crashes else [{}]
+        frame, = max(crashes, key=lambda row: (row["at"], row["seq"]))["sent"]["stack_trace"]
         return {"group_hash": group, "exception_reason": reason or "", "exception_type": name,
                 "first_seen": min(row[1] for row, _ in groups), "first_version": first_version,
                 "came_at": min(row[-1] for row, _ in groups),
@@ -6381,8 +6381,11 @@ RELEASES = {
     "releases that appear together are compared in the order of their versions": [
         ("1.10", 100, 50), ("1.9", 100, 1), 1, {"1.10": said("worse", 50, 99), "1.9": None}],
     "a release is not compared with one that hardly anybody had": [
-        ("1.0", 200, 2), 24, ("1.1", 12, 0), 24, ("1.2", 200, 40), 24, {"1.2": said("worse", 80, 99)},
-        ("1.3", 60, 0), 24, {"1.3": said("better", 100, 80)}],  # 12 devices of 1.1 are enough, but 1.2 is nearer
+        ("1.0", 200, 2), 24, ("1.1", 19, 0), 24, ("1.2", 200, 40), 24, {"1.2": said("worse", 80, 99)},
+        ("1.3", 60, 0), 24, {"1.3": said("better", 100, 80)}],  # 19 devices of 1.1 are enough, but 1.2 is nearer
+    "one that a tenth had is enough, and the sum of other names is never compared": [
+        ("(other)", 100, 0), 24, ("1.0", 200, 2), 24, ("1.1", 20, 10), 24, ("1.2", 200, 40), 24,
+        {"(other)": None, "1.0": None, "1.2": said("better", 80, 50)}],
     "releases first seen more than 90 days ago are judged only if current": [
         ("1.0", 100, 4), 1, ("1.1", 100, 30), 1 + 89 * 24, ("1.2", 1, 0), {"1.1": said("worse", 70, 96)}, 24,
         {"1.1": None, "1.2": "too early: about 660 more devices needed"}, 90 * 24,
