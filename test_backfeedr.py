@@ -635,27 +635,23 @@ def calls(*names, **more):
     return [{"symbol": name, **more} for name in names]
 
 
-@pytest.mark.parametrize("symbol, name", [
+@pytest.mark.parametrize("symbol, name", [  # vectors.json has more
     *((name, name) for name in (
-        "A.b", "Shop.Cart.total() -> Swift.Int", "-[Cart totalOf:with:]", "+[Cart shared]", "cart_total", "f.b", "v.2x",
-        "operator new(unsigned long)", "Cart.subscript.getter", "A.b(c: Swift.Int) throws -> ()", "$s4Shop1AV1byyF",
-        ".cold.1")),
+        "A.b", "Shop.Cart.total() -> Swift.Int", "-[Cart totalOf:with:]", "cart_total", "v.2x", "$s4Shop1AV1byyF",
+        "operator new(unsigned long)", "Cart.subscript.getter", "A.b(c: Swift.Int) throws -> ()", ".cold.1")),
     *((prefix + "A.b()", "A.b()") for prefix in (
-        "@objc ", "@nonobjc ", "specialized ", "merged ", "autoclosure #1 in ", "implicit closure #2 in ",
-        "closure #1 @Sendable () async -> () in ", "closure #1 @MainActor (A) -> () in ", "closure #1 <A>(A) -> () in ",
-        "closure #1 in ", "closure #1 (Swift.Int) -> () in ", "$defer #1 () in ",
+        "@nonobjc ", "merged ", "autoclosure #1 in ", "implicit closure #2 in ", "$defer #1 () in ",
+        "closure #1 @Sendable () async -> () in ", "closure #1 <A>(A) -> () in ", "@objc specialized ",
         "closure #12 (Swift.Int) async throws -> Swift.Array<(A)> in ", "closure #2 () in closure #1 in ",
-        "partial apply for ", "partial apply forwarder for closure #1 in ", "@objc specialized ",
+        "partial apply for ", "partial apply forwarder for closure #1 in ",
         "(2) suspend resume partial function for ", "(1) await resume partial function for ",
         "generic specialization <Swift.Array<Swift.Int>> of ",
         "function signature specialization <Arg[0] = Dead> of ")),
     *(("A.b()" + suffix, "A.b()") for suffix in (
-        " + 123", " (.cold.1)", " [clone .cold.1]", ".cold.1", ".llvm.1234567", ".resume.0", ".cold",
-        " (Cart.swift:12)", " 0x1f4", " at 0x10", ".12 + 4", " + 0x7b", " (in Shop)", " (in Shop) (Cart.swift:12) + 8",
-        " [0x104d1d1d8]", " (0x104d1d1d8)", " at Cart.swift:12", " at a.rs:1:2")),
+        " + 123", " (.cold.1)", " [clone .cold.1]", ".llvm.1234567", ".resume.0", ".cold", " at 0x10", ".12 + 4",
+        " + 0x7b", " (in Shop) (Cart.swift:12) + 8", " [0x104d1d1d8]", " (0x104d1d1d8)", " at a.rs:1:2")),
     ("invocation function for block in Cart::total()", "Cart::total()"),
     ("__45__12-[Cart total]_block_invoke_block_invoke_2", "-[Cart total]"),
-    ("__24-[Cart totalOf:with:]_block_invoke_2", "-[Cart totalOf:with:]"), ("__cart_total_block_invoke", "cart_total"),
     ("__cart_total_block_invoke.17", "cart_total"), ("__9-[X y]_block_invoke_2.45.cold.1", "-[X y]"),
     ("$s4Shop1AV1byyYaFTQ0_", "$s4Shop1AV1byyYaF")])
 def test_what_a_compiler_adds_to_a_name_does_not_change_the_group(symbol, name):
@@ -665,13 +661,11 @@ def test_what_a_compiler_adds_to_a_name_does_not_change_the_group(symbol, name):
 
 @pytest.mark.parametrize("trace, names", [  # vectors.json has more
     ([{"symbol": "A.b", "file": "x", "line": 43, "address": "0x1"}], "A.b"),
-    ([*calls("abort"), *calls("A.a", "B.b", "C.c", "D.d", file="x")], "A.a:B.b:C.c"),
     (calls("abort", "raise", "objc_msgSend", "main"), "objc_msgSend"), (calls(None, "raise"), "raise"),
     (calls(None), ""),
     # Own frames have a file, in_app, an image inside the app, or a low load address.
-    ([system(1), own(2)], f"{BUILD.upper()}+2"), ([system(1), own(2), own(3), own(4), own(5)], ":".join(
-        f"{BUILD.upper()}+{n}" for n in (2, 3, 4))),
-    *(([*calls("a", **other), *calls("b", in_app=True)], "b") for other in ({}, {"file": "a.c", "in_app": False})),
+    ([system(1), own(2), own(3), own(4), own(5)], ":".join(f"{BUILD.upper()}+{n}" for n in (2, 3, 4))),
+    ([*calls("a", file="a.c", in_app=False), *calls("b", in_app=True)], "b"),
     ([*calls("a", path="/usr/lib/liba.dylib"), *calls("b", path="/private/var/Bundle/0/Shop.app/Shop")], "b"),
     ([*calls("a", address=0x18000000f, image_base=0x180000000), *calls("b", address=9, image_base=4)], "b"),
     # Names that say nothing are skipped.
@@ -679,29 +673,25 @@ def test_what_a_compiler_adds_to_a_name_does_not_change_the_group(symbol, name):
      "A.b():C.d()"),
     ([*calls("static Shop.$main()", "static Shop.App.$main() -> ()", "dispatch thunk of A.c()", "main", "A.b()",
              "non-virtual thunk to X::y()", "reabstraction thunk helper from @escaping () -> ()", "outlined copy of A?",
-             file="a")], "A.b()"), ([*calls("main", file="a")], "main"),
+             file="a")], "A.b()"), (calls("main", file="a"), "main"),
     ([*calls("UIApplicationMain"), *calls("main", file="a")], "UIApplicationMain"),
     # Without own frames, the functions that every abort runs through are skipped.
-    ([*calls("__pthread_kill", "pthread_kill", "abort", "Shop.Cart.total()")], "Shop.Cart.total()"),
+    (calls("__pthread_kill", "pthread_kill", "abort", "Shop.Cart.total()"), "Shop.Cart.total()"),
     (calls("__exceptionPreprocess", "objc_exception_throw", "-[NSException raise]", "-[A b]", *"cde"), "-[A b]:c:d"),
     (calls("_assertionFailure(_:_:file:line:flags:)", "swift_unexpectedError", "_swift_runtime_on_report", "A.b()"),
      "A.b()"),
-    ([*calls("abort", "raise")], "abort:raise"), ([*calls("aborted()", "x")], "aborted():x"),
+    (calls("abort", "raise"), "abort:raise"), (calls("aborted()", "x"), "aborted():x"),
     # Frames without names count as build and offset, or as binary and offset.
-    ([{"binary": "UIKitCore", "offset": 7}, {"binary": "Foundation", "offset": 8}], "UIKitCore+7:Foundation+8"),
     ([*calls("abort"), {"binary": "UIKitCore", "offset": 7}], "UIKitCore+7"),
-    *(([{"symbol": text, **binary}], "Shop+15424") for text, binary in (
+    *((calls(text, **binary), "Shop+15424") for text, binary in (
         ("Shop + 15424", {"binary": "Shop"}), ("Shop + 15424", {}), ("0x1040c8000 + 15424", {"binary": "Shop"}),
         ("0   Shop                    0x0000000104f5c4d8 0x1040c8000 + 15424", {}), ("0x1040cbc40 Shop + 15424", {}),
-        ("__mh_execute_header + 15424", {"binary": "Shop"}),
         ("_mh_execute_header", {"binary": "Shop", "offset": 15424}))),
-    ([{"symbol": "1   Shop                    0x0000000104f5c4d8 Cart.total() + 120"}], "Cart.total()"),
-    ([{"symbol": "My App + 15424"}], "My App+15424"), ([{"symbol": "total + 15424", "binary": "Shop"}], "total"),
-    *(([{"symbol": text, "binary": "Shop", "uuid": BUILD, "offset": 9, "in_app": True}], f"{BUILD.upper()}+9")
-      for text in (
+    (calls("1   Shop                    0x0000000104f5c4d8 Cart.total() + 120"), "Cart.total()"),
+    (calls("My App + 15424"), "My App+15424"), (calls("total + 15424", binary="Shop"), "total"),
+    *(([own(9, symbol=text)], f"{BUILD.upper()}+9") for text in (
         "0x1040c8000", "00000001040c8000", "<redacted>", "???", "Shop + 9", "the.function.before")),
-    ([{"symbol": "0x1040c8000"}, *calls("a")], "a"), ([{"symbol": "-[A b] + 15424"}], "-[A b]"),
-    ([{"symbol": 7, "file": ["x"]}, *calls("a")], "a"),
+    (calls("0x1040c8000", "a"), "a"), (calls("-[A b] + 15424"), "-[A b]"), (calls(7, "a"), "a"),
     # A device's symbol is trusted if no symbols can be uploaded for it, or if the frame is symbolicated.
     ([{"symbol": "A.b()", "binary": "Shop", "offset": 9, "in_app": True}], "A.b()"),
     ([own(9, symbol="A.b()", symbolicated=True)], "A.b()"),
@@ -3144,6 +3134,12 @@ def one_day(keeping):
     server = keeping(1)
     yield server
     assert POSTGRES or backfeedr._check_roll_ups(server.store.path)
+
+
+def prune_after(server, clock, seconds):
+    """Lets time pass, then deletes what has expired. Returns how many rows of each kind."""
+    clock.move(seconds)
+    return server.store.prune()
 
 
 @pytest.fixture
