@@ -1270,7 +1270,7 @@ def only(body):
 def trace_of(body):
     """The frames of the one crash or event in a body."""
     report = only(body)
-    return report["stack_trace"] if "stack_trace" in report else report["properties"]["stack_trace"]
+    return report.get("properties", report)["stack_trace"]
 
 
 FLAT = [{"frame": 0, "symbol": "UIApplicationMain", "binary": "UIKitCore", "uuid": MALLOC, "offset": 8,
@@ -1382,7 +1382,9 @@ ABORTED = "SIGNAL 6 Abort trap: 6"
 THROWN = {"exceptionName": "NSRangeException", "composedMessage": "index 3 beyond bounds", "className": "NSException"}
 WATCHDOG = "<RBSTerminateContext| domain:10 code:0x8BADF00D explanation:scene-create watchdog>"
 ASI = "*** Terminating app due to uncaught exception 'NSRangeException', reason: 'it's 3\nof 2'\n%s terminating"
-TYPES = [  # a report, and its exception type and reason
+
+
+@pytest.mark.parametrize("body, kind, reason", [
     *[(payload_of(meta=meta), kind, None) for meta, kind in [
         ({"exceptionType": 1, "signal": 11}, "EXC_BAD_ACCESS"), ({"exceptionType": 10, "signal": 6}, "SIGABRT"),
         ({"exceptionType": 10}, "EXC_CRASH"), ({"signal": 9}, "SIGKILL"), ({}, "Unknown"),
@@ -1424,18 +1426,14 @@ TYPES = [  # a report, and its exception type and reason
         ((ABORTED, "RUNNINGBOARD 3735883980 "), "0xdead10cc", None),
         ((ABORTED, "FRONTBOARD\n" + WATCHDOG), "0x8badf00d", WATCHDOG),
         (("Triggered", "Application Specific Information:\n" + ASI % "x" + "\n\nTriggered"),
-         "NSRangeException", "it's 3\nof 2")]]]
-
-
-@pytest.mark.parametrize("body, kind, reason", TYPES, ids=lambda value: str(value)[-40:])
+         "NSRangeException", "it's 3\nof 2")]]], ids=lambda value: str(value)[-40:])
 def test_the_exception_type_is_the_most_specific_one(body, kind, reason):
     report = only(body)
     assert (report["exception_type"], report.get("exception_reason")) == (kind, reason)
 
 
 @pytest.mark.parametrize("sent, expected", [
-    ("iPhone OS 17.0 (21A329)", "17.0"), ("iPhone OS 14.0.1 (18A393)", "14.0.1"), ("macOS 12.0.1 (21A559)", "12.0.1"),
-    ("iPadOS 26.1 (23B85)", "26.1"), ("visionOS 2.0 (22N320)", "2.0"), ("Mac OS X 10.15.7 (19H2)", "10.15.7"),
+    ("iPhone OS 14.0.1 (18A393)", "14.0.1"), ("visionOS 2.0 (22N320)", "2.0"), ("Mac OS X 10.15.7 (19H2)", "10.15.7"),
     ("iPhone OS 16.4.1 (a) (20E772520a)", "16.4.1"), ("Version 17.0 (Build 21A329)", "17.0"), ("17.5", "17.5"),
     ("Something else", "Something else"), ("iOS 17 beta", "iOS 17 beta"), ({"number": "27.0"}, "27.0")])
 def test_the_os_version_is_the_number_alone(sent, expected):
@@ -1491,7 +1489,9 @@ def test_a_diagnostic_occurred_at_the_end_of_its_span_or_when_captured_else_at_r
 
 
 BASE = 0x100400000
-METRICKIT_FRAMES = [  # changes to a frame of MetricKit, and its binary, offset, and whether it is the app's own
+
+
+@pytest.mark.parametrize("changes, expected", [  # to a frame; its binary, offset, and whether it is the app's own
     ({"address": BASE + 5, "offsetIntoBinaryTextSegment": 5}, ("Shop", 5, True)),
     ({"address": BASE + 5, "offsetIntoBinaryTextSegment": BASE}, ("Shop", 5, True)),  # iOS 14
     ({"address": (1 << 33) + 5, "offsetIntoBinaryTextSegment": 1 << 33}, ("Shop", 5, False)),
@@ -1506,10 +1506,7 @@ METRICKIT_FRAMES = [  # changes to a frame of MetricKit, and its binary, offset,
     ({"address": BASE - 1, "offsetIntoBinaryTextSegment": BASE}, ("Shop", None, True)),
     ({"address": str(BASE), "offsetIntoBinaryTextSegment": "0x12"}, ("Shop", None, False)),
     ({"address": -5, "offsetIntoBinaryTextSegment": -5}, ("Shop", None, False)),
-    ({"address": 1 << 70, "offsetIntoBinaryTextSegment": True}, ("Shop", None, False))]
-
-
-@pytest.mark.parametrize("changes, expected", METRICKIT_FRAMES)
+    ({"address": 1 << 70, "offsetIntoBinaryTextSegment": True}, ("Shop", None, False))])
 def test_a_frame_of_metrickit_has_an_offset_and_is_own_below_the_system_libraries(changes, expected):
     frame, = trace_of(payload_of(tree=tree_of(sampled("Shop", 16, **changes))))
     assert (frame.get("binary"), frame.get("offset"), frame.get("in_app", False)) == expected
@@ -1523,15 +1520,14 @@ def test_an_image_inside_the_app_or_that_of_the_process_is_own_code(changes, is_
     assert "in_app" not in trace_of(body)[0] and trace_of(body)[1].get("in_app") is is_own
 
 
+IN_SHOP = {"binary": "Shop", "uuid": SHOP, "in_app": True}
+
+
 @pytest.mark.parametrize("changes, expected", [
-    ({"imageIndex": 7}, {}), ({"imageIndex": -1}, {}), ({"imageIndex": "0"}, {}), ({"imageIndex": None}, {}),
-    ({"imageIndex": 3}, {}), ({"imageIndex": 4}, {}), ({"imageIndex": 5}, {}),
-    ({"imageOffset": "0x20"}, {"binary": "Shop", "uuid": SHOP, "in_app": True}),
-    ({"symbol": "<redacted>"}, {"binary": "Shop", "uuid": SHOP, "offset": 32, "in_app": True}),
-    ({"sourceFile": "/Users/x/Cart.swift", "sourceLine": "12"},
-     {"file": "Cart.swift", "binary": "Shop", "uuid": SHOP, "offset": 32, "in_app": True}),
-    ({"sourceFile": "/<compiler-generated>", "sourceLine": 3},
-     {"binary": "Shop", "uuid": SHOP, "offset": 32, "in_app": True})])
+    *[({"imageIndex": index}, {}) for index in (7, -1, "0", None, 3, 4, 5)], ({"imageOffset": "0x20"}, IN_SHOP),
+    ({"symbol": "<redacted>"}, {**IN_SHOP, "offset": 32}),
+    ({"sourceFile": "/Users/x/Cart.swift", "sourceLine": "12"}, {**IN_SHOP, "offset": 32, "file": "Cart.swift"}),
+    ({"sourceFile": "/<compiler-generated>", "sourceLine": 3}, {**IN_SHOP, "offset": 32})])
 def test_unknown_parts_of_a_frame_are_left_out(changes, expected):
     images = [*IMAGES, {"name": "???", "path": "", "uuid": SHOP.translate(str.maketrans("12345A", "0" * 6))}, 5, []]
     frame = {"imageIndex": 0, "imageOffset": 32, **changes}
@@ -1561,10 +1557,10 @@ def test_the_frames_are_those_of_the_attributed_thread_the_innermost_first(kind,
 
 
 def test_the_backtrace_of_an_exception_takes_precedence_over_that_of_the_thread():
-    thrower = [{"imageIndex": 0, "imageOffset": 3}]
-    assert [frame["offset"] for frame in trace_of(ips_of(lastExceptionBacktrace=thrower))] == [3]
-    assert [frame["offset"] for frame in trace_of(ips_of(lastExceptionBacktrace=[], faultingThread=9))] == [8, 32, 64]
-    assert [frame["offset"] for frame in trace_of(ips_of(faultingThread=0))] == [1]
+    for changes, offsets in (
+            ({"lastExceptionBacktrace": [{"imageIndex": 0, "imageOffset": 3}]}, [3]),
+            ({"lastExceptionBacktrace": [], "faultingThread": 9}, [8, 32, 64]), ({"faultingThread": 0}, [1])):
+        assert [frame["offset"] for frame in trace_of(ips_of(**changes))] == offsets
     for backtrace in ("(0x100400010 0x180000002)", "0   Shop  0x100400010 0x100400000 + 16\n1  X\t0x180000002 f + 2"):
         trace = trace_of(crash_text(("Thread 0 name", f"Last Exception Backtrace:\n{backtrace}\n\nThread 0 name")))
         assert [(frame["offset"], frame.get("in_app")) for frame in trace] == [(16, True), (2, False)]
@@ -1625,17 +1621,12 @@ def test_a_hundred_diagnostics_are_stored_in_little_more_than_was_sent():
     assert min(sizes[:4]) > 250_000 and 20_000 < max(sizes[4:]) < 32_000, "after the first megabyte, less is stored"
 
 
-def crashes_in_long_binaries(name):
-    """20 crashes in binaries whose names are new. They were kept to tell whether they are specific."""
-    for _ in range(20):
-        parse_crash({**CRASH, "stack_trace": [{"binary": os.urandom(4).hex() + name}]})
-
-
 @pytest.mark.parametrize("parse, body", [
     (backfeedr.parse_crash_body, changed(CRASH, stack_trace=[{"symbol": "1 a" + 1_000_000 * " " + "b"}])),
     (diagnosed, b'{"timeRange": {}, "x": "/home/' + 1_000_000 * b"a" + b'"}'),
     (diagnosed, nest(260)[:-1] + b', "x": "' + 500_000 * b"\\n" + b'"}'),
-    (crashes_in_long_binaries, "\U0001f600" * 100_000)],
+    (lambda name: [parse_crash({**CRASH, "stack_trace": [{"binary": os.urandom(4).hex() + name}]}) and None
+                   for _ in range(20)], "\U0001f600" * 100_000)],
     ids=["spaces in a symbol", "a long name in a path", "escapes in deep JSON", "long names of binaries"])
 def test_long_text_takes_little_time_and_memory(parse, body):
     """The first took 5 s, the second 190 MB, the third 65 MB, and the fourth kept up to 8 GB."""
@@ -1770,13 +1761,12 @@ def test_a_flipped_bit_in_body_timestamp_or_signature_is_refused(serve):
 
 
 def test_a_signature_is_valid_for_300_seconds_before_and_after_its_time(api, clock):
-    start = clock.seconds
-    for seconds in (-301, -300, 0, 300, 301):
-        clock.seconds, before = start + seconds, count(api.server, "events")
-        status, answer = api.signed(EVENTS, b'{"n": %d, %s' % (seconds, VECTOR_BODY[1:]), NOW)
-        assert status == (201 if abs(seconds) <= 300 else 401), seconds
-        assert (status == 201) is ("id" in answer) and (status == 201 or answer == {"error": "stale timestamp"})
-        assert count(api.server, "events") - before == (status == 201)
+    start, stale = clock.seconds, (401, {"error": "stale timestamp"})
+    for seconds, accepted in ((-301, 0), (-300, 1), (0, 2), (300, 3), (301, 3)):
+        clock.seconds = start + seconds
+        answer = api.signed(EVENTS, b'{"n": %d, %s' % (seconds, VECTOR_BODY[1:]), NOW)
+        assert (answer == stale) if abs(seconds) > 300 else answer[0] == 201 and "id" in answer[1]
+        assert count(api.server, "events") == accepted
 
 
 def test_a_signed_body_is_new_on_another_path_and_refused_with_another_key(api):
@@ -1790,8 +1780,8 @@ def test_a_signed_body_is_new_on_another_path_and_refused_with_another_key(api):
 def test_unsigned_requests_are_refused_if_signatures_are_required(serve):
     api = Api(serve(require_signature=True))
     assert api.post(CRASHES, CRASH) == (401, {"error": "signature required"})
-    assert stored(api.server, "crashes") == {"crashes": []}
-    assert api.signed(CRASHES, json.dumps(CRASH).encode(), NOW)[0] == 201
+    assert count(api.server, "crashes") == 0
+    assert api.signed(CRASHES, VALID, NOW)[0] == 201
 
 
 # == RateLimiter ===============================================================
