@@ -1712,7 +1712,7 @@ def test_characters_that_no_database_can_store_are_replaced_in_apple_reports():
 
 
 def apple_mutant(mutations):
-    """An Apple report with random changes."""
+    """An Apple report with random changes, for test_random_requests_get_documented_answers."""
     sources = [[json.dumps(body).encode()] for body in (*(body for body, _ in WHOLE_REPORTS[2:]), {
         "hangDiagnostics": [{"callStackTree": tree} for _, tree, _ in TREES]})]
     parts = mutations.pick([*sources, ips_of().split(b"\n"), crash_text().split(b"\n")])
@@ -1724,17 +1724,6 @@ def apple_mutant(mutations):
         if len(parts) > 2:  # text: a line is repeated elsewhere
             parts.insert(mutations.random.randrange(len(parts)), mutations.pick(parts))
     return b"\n".join(parts)
-
-
-def test_randomly_changed_apple_reports_are_read_or_refused():
-    mutations, answers = Mutations(seed=2), Counter()
-    for _ in range(500):
-        body = apple_mutant(mutations)
-        try:
-            answers[len(backfeedr.parse_diagnostics(body, parse_time(NOW)))] += 1
-        except Refusal as refusal:
-            answers[str(refusal)] += 1
-    assert answers[1] > 160 and answers["unknown report format"] > 25, answers
 
 
 # == Signature =================================================================
@@ -1926,10 +1915,10 @@ def completed(monkeypatch):
     return uploads
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 1, 2, 1, 0)])
+@pytest.mark.parametrize("order", ["012", "201", "11210"])
 def test_an_upload_in_any_order_and_with_repeats_completes_once(api, completed, order):
     received = set()
-    for n in [*order, *order]:
+    for n in map(int, order * 2):
         status, answer = upload(api.server, part_of(3, n))
         assert status == (200 if n in received else 201)
         received.add(n)
@@ -2130,16 +2119,14 @@ def missing_build(*values):
 
 def test_missing_symbols_are_listed_with_the_crashes_that_wait_for_them(api, clock, monkeypatch):
     server, third = api.server, "ABCDEF01-0000-0000-0000-000000000000"
-    test_key = server.store.create_app("Beta", is_test=True)
-    shop_key = server.store.create_app("Shop")
     add(server, 2, stack_trace=[frame_of(HELD)], app_version="1.0", build_number="1")
     clock.move(1)
     add(server, stack_trace=[frame_of(HELD)], app_version="1.1", build_number="2")
     add(server, stack_trace=[frame_of(HELD, 99)], app_version="9")
-    add(server, 5, key=shop_key, exception_type="X", app_version="3.0", stack_trace=[
+    add(server, 5, key=server.store.create_app("Shop"), exception_type="X", app_version="3.0", stack_trace=[
         {"symbol": "abort", "binary": "libc"}, {"image_uuid": OTHER_BUILD, "offset": 5},
         frame_of(third, binary="/a/Kit")])
-    add(server, 7, key=test_key, stack_trace=[frame_of(OTHER_BUILD, binary="Beta")])
+    add(server, 7, key=server.store.create_app("Beta", True), stack_trace=[frame_of(OTHER_BUILD, binary="Beta")])
     add(server, stack_trace=[{"symbol": "f", "file": "f.swift", "uuid": third, "offset": 1}])
     of_default = missing_build(HELD, "Shop", "default", "1.1", "2", 4)
     of_shop = [missing_build(*build, "Shop", "3.0", None, 5) for build in ((OTHER_BUILD, None), (third, "Kit"))]
@@ -2147,7 +2134,6 @@ def test_missing_symbols_are_listed_with_the_crashes_that_wait_for_them(api, clo
     with monkeypatch.context() as patch:
         patch.setattr(backfeedr, "MAX_MISSING_BUILDS", 2)
         assert list_symbols(server) == ([], of_shop), "those with the most crashes"
-    assert list_symbols(server, "app=default") == ([], [of_default])
     assert list_symbols(server, "app=Shop") == ([], of_shop)
     assert list_symbols(server, "app=Beta") == ([], [missing_build(OTHER_BUILD, "Beta", "Beta", None, None, 7)])
     assert call(server, **{**BEARER, "path": SYMBOLS}, query="app=x")[0] == 404
@@ -2279,37 +2265,6 @@ def test_the_commands_list_and_delete_symbols(command, clock):
         assert command("symbols", "delete")[0] == 2 and count(server, "symbols") == 1
 
 
-def change_number(mutations, request):
-    """Changes one of the whole numbers in the JSON a little."""
-    body = json.loads(request["body"])
-    parent, key = mutations.pick([(parent, key) for parent, key in places(body) if type(parent[key]) is int])
-    parent[key] += mutations.pick([-2, -1, 1, 2, 1000])
-    request["body"] = json.dumps(body).encode()
-
-
-def test_random_symbols_are_refused_or_can_be_looked_up_at_any_offset():
-    mutations, outcomes = Mutations(seed=2), Counter()
-    with closing(sqlite3.connect(":memory:")) as db:
-        db.executescript(backfeedr.SYMBOL_TABLES)
-        db.execute("insert into symbols values ('a build', '', '', 1, 1, 0, 0, 0)")
-        for _ in range(500):
-            request = {"body": json.dumps({**PART, "pages": [PAGE, LATER_PAGE]}).encode()}
-            for change in mutations.pick([[change_number], [change_number] * 2, [change_number, mutations.change_json],
-                                          [mutations.change_json] * 2, [mutations.change_bytes]]):
-                change(mutations, request) if change is change_number else change(request)
-            try:
-                part = backfeedr.parse_symbols(request["body"])
-            except Refusal as refusal:
-                outcomes[str(refusal)] += 1
-                continue
-            db.execute("delete from symbol_pages")
-            db.executemany("insert into symbol_pages values ('a build', ?, 0, ?)", part.pages)
-            symbols = backfeedr.Symbols(db)
-            outcomes.update(len(list(symbols.lookup("a build", offset))) for offset in (
-                *range(990, 1045), *(first + n for first, _ in part.pages for n in (0, 1, 9)), 0, 1 << 40, 1 << 63))
-    assert {0, 1, 3, "invalid symbols", "invalid JSON"} <= outcomes.keys(), outcomes
-
-
 # -- Symbolicated frames and groups
 
 NEXT_PART = {**PART, "pages": [{**PAGE, "first": 5000}]}  # of OTHER_BUILD, which has the same code at other offsets
@@ -2401,30 +2356,28 @@ def test_crashes_move_in_steps_that_continue_after_a_restart(serve, clock, monke
         clock.move(1)
     upload(server)
 
-    def counts():
-        return {"moved" if group == NAMED else "left": n for group, n in sql(
-            server.store.path, "select group_hash, count(*) from crashes group by 1")}
+    def moved_and_left():
+        moved = count(server, "crashes", f"group_hash = '{NAMED}'")
+        return moved, count(server, "crashes") - moved
 
     serve.unchecked.append(server)  # the old group keeps the first_seen of crashes that have moved
     for _ in range(3):
         with server.store.writing() as db:
             assert server.store._regroup(db)
-    assert counts() == {"moved": 3, "left": 5}
-    check_database(server.store.path, forgotten=True)
-    status, group = api.get(f"{CRASHES}/{UNNAMED}", **ADMIN)
-    assert (status, group["count"]) == (200, 5), "some of its crashes are still there"
+    assert moved_and_left() == (3, 5)
+    check_database(server, forgotten=True)
+    assert api.get(f"{CRASHES}/{UNNAMED}", **ADMIN)[1]["count"] == 5, "some of its crashes are still there"
     server.store.forget_device("d1")
-    assert counts() == {"moved": 2, "left": 3}
+    assert moved_and_left() == (2, 3)
     server.close()
     server = serve("steps.db", rate_limit=0)
-    api = Api(server)
     for left in (2, 1, 0, 0):  # a commit is followed by a step, once a second
         clock.move(2)
         for _ in range(2):
-            group_of_crash(api, clock, 1008)
-            assert counts().get("left", 0) == left
-        check_database(server.store.path, forgotten=True)
-    assert counts() == {"moved": 13} and count(server, "regroupings") == 0
+            group_of_crash(Api(server), clock, 1008)
+            assert moved_and_left()[1] == left
+        check_database(server, forgotten=True)
+    assert moved_and_left() == (13, 0) and count(server, "regroupings") == 0
 
 
 def test_a_crash_sent_again_or_imported_after_its_symbols_gets_its_new_group(api, serve):
@@ -2530,7 +2483,6 @@ def test_reports_show_symbolicated_frames_beside_those_that_were_sent(api, perso
     assert answer["missing_symbols"] == []
     for crash in answer["reports"]:
         assert (crash["stack_trace"], crash["raw_stack_trace"]) == ([raw[0], *symbolicated], raw)
-    assert json.loads(rows_by_name(api.server.store.path, "select stack_trace from crashes")[0]["stack_trace"]) == raw
     shown = person.get(f"/crashes/{group}")
     assert f'<li class="own" title="Shop + 1009 {HELD}"><code><bdi>add</bdi></code>' in shown.text
     assert "Cart.swift:7, Shop, inlined" in person.text(f"/crashes/{group}") and "missing" not in shown.text
