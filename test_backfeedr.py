@@ -599,10 +599,9 @@ def test_rfc3339_times_are_read_to_the_millisecond_and_written_in_utc(text, expe
 @pytest.mark.parametrize("text", [
     "", "2026-03-12", "2026-03-12T14:22:31", "2026-03-12 14:22:31Z", "2026-03-12T14:22Z", "2026-03-12T14:22:31.Z",
     "2026-03-12T14:22:31.1234567890Z", "2026-03-12T14:22:60Z", "2026-03-12T24:00:00Z", "2026-03-12T14:60:00Z",
-    "2026-02-30T00:00:00Z", "2025-02-29T00:00:00Z", "0000-01-01T00:00:00Z", "2026-13-01T00:00:00Z",
-    "2026-03-12T14:22:31+24:00", "2026-03-12T14:22:31+01:60", "2026-03-12T14:22:31+010", "2026-W11-4T14:22:31Z",
-    "2026-03-12T14:22:31Z\n", " 2026-03-12T14:22:31Z", "２026-03-12T14:22:31Z", "20260312T142231Z",
-    "+2026-03-12T14:22:31Z"])
+    "2025-02-29T00:00:00Z", "0000-01-01T00:00:00Z", "2026-13-01T00:00:00Z", "2026-03-12T14:22:31+24:00",
+    "2026-03-12T14:22:31+01:60", "2026-03-12T14:22:31+010", "2026-W11-4T14:22:31Z", "20260312T142231Z",
+    "2026-03-12T14:22:31Z\n", " 2026-03-12T14:22:31Z", "+2026-03-12T14:22:31Z", "２026-03-12T14:22:31Z"])
 def test_text_that_is_not_an_rfc3339_time_is_refused(text):
     with pytest.raises(ValueError):
         parse_time(text)
@@ -825,9 +824,8 @@ def batch_of(*events):
 
 INVALID_VALUES = [  # a path, a valid body, its field, and invalid values
     *[(path, sent, "occurred_at", [
-        True, [], "yesterday", "2026-03-12", "2026-03-12T14:22:31", "2026-02-30T00:00:00Z", "2026-03-12T14:22:31Z\n",
-        "0000-01-01T00:00:00Z", "2026-03-12T14:22:60Z", "1773325351", 1e18, -1e12]) for path, sent in (
-            (CRASHES, CRASH), (EVENTS, EVENT))],
+        True, [], "yesterday", "2026-02-30T00:00:00Z", "2026-03-12T14:22:31Z\n", "1773325351", 1e18, -1e12])
+      for path, sent in ((CRASHES, CRASH), (EVENTS, EVENT))],
     (CRASHES, CRASH, "exception_type", [1, True, ["a"], {"a": 1}]), (EVENTS, EVENT, "type", [1, ["custom"]])]
 SHORT = [(47, "47"), ("x" * 501, "x" * 500)]
 CONVERTED = [  # a field, values with what is stored for them, and values of a wrong type, which are kept in `extra`
@@ -933,7 +931,9 @@ def test_an_optional_field_is_converted_or_kept_unchanged():
 
 
 FRAME_OF = dict(symbol="Shop.Cart.total()", file="Cart.swift", line=7)
-LONG = [  # a field that is sent, what is stored for it, and what `truncated` says
+
+
+@pytest.mark.parametrize("path, fields, expected, cut", [  # what is stored for the fields, what `truncated` says
     (CRASHES, {"stack_trace": [dict(FRAME_OF, frame=n) for n in range(600)]},
      {"stack_trace": [dict(FRAME_OF, frame=n) for n in (*range(384), *range(472, 600))]}, "stack_trace"),
     (EVENTS, {"properties": {f"p{n:03}": n for n in range(300)}},
@@ -952,19 +952,16 @@ LONG = [  # a field that is sent, what is stored for it, and what `truncated` sa
         (CRASHES, "stack_trace", [dict(FRAME_OF, symbol="x" * 2_000)] * 400),
         (EVENTS, "properties", {"a": {"b": {"c": "x" * 400_000}}, "d": "kept"}),
         (EVENTS, "properties", {"x" * 300_000: "y" * 300_000}),
-        (EVENTS, "properties", {f"p{n}": [1] * 2_000 for n in range(150)}))]]
-
-
-def test_a_report_that_is_too_large_is_cut_at_the_end_and_says_so():
-    for path, fields, expected, cut in LONG:
-        for batched, limit in [(False, 256_000), (True, 32_000)][:1 + (path == EVENTS)]:
-            row = parsed(path, fields, batched)
-            size = sum(len(text.encode()) for text in row.values() if isinstance(text, str))
-            extra = json.loads(row["extra"])
-            assert size <= limit and extra.pop("truncated") == [cut]
-            assert expected or size > 0.9 * limit, "no more is cut than necessary"
-            for name, value in expected.items():
-                assert (extra if name == "extra" else json.loads(row[name])) == value
+        (EVENTS, "properties", {f"p{n}": [1] * 2_000 for n in range(150)}))]], ids=lambda value: str(value)[:20])
+def test_a_report_that_is_too_large_is_cut_at_the_end_and_says_so(path, fields, expected, cut):
+    for batched, limit in [(False, 256_000), (True, 32_000)][:1 + (path == EVENTS)]:
+        row = parsed(path, fields, batched)
+        size = sum(len(text.encode()) for text in row.values() if isinstance(text, str))
+        extra = json.loads(row["extra"])
+        assert size <= limit and extra.pop("truncated") == [cut]
+        assert expected or size > 0.9 * limit, "no more is cut than necessary"
+        for name, value in expected.items():
+            assert (extra if name == "extra" else json.loads(row[name])) == value
 
 
 def test_frames_that_are_not_kept_decide_the_group_too():
@@ -1975,7 +1972,9 @@ def test_another_number_of_parts_restarts_the_upload(api, monkeypatch):
 
 
 ODD_INTEGERS = (None, True, "1", 1.0, [])
-BAD_PARTS = [  # a problem, and the parts that have it
+
+
+@pytest.mark.parametrize("problem, parts", [
     *((f"{name} is not text of 1 to 500 characters", [{**PART, name: value} for value in (None, "", 1, "x" * 501)])
       for name in ("binary", "arch")),
     ("parts is not from 1 to 4000", [{**PART, "parts": value} for value in (*ODD_INTEGERS, 0, -1, 4001)]),
@@ -2004,17 +2003,14 @@ BAD_PARTS = [  # a problem, and the parts that have it
           ("a later delta in rows is not from 1 to 2147483647", "rows", (
               [0, 0, 1, 0, value, 0] for value in (*ODD_INTEGERS, 0, -1, 1 << 31))),
           ("rows has an offset above 1099511627776", "rows", ([0, 0] + [1 << 30, 0] * 1024,)),
-          ("a frame in rows is not from -1 to 2", "rows", ([0, value] for value in (*ODD_INTEGERS, -2, 3)))))]
-
-
-def test_invalid_parts_are_refused_and_store_nothing(api):
-    for problem, parts in BAD_PARTS:
-        for part in parts:
-            assert upload(api.server, part) == (400, {"error": "invalid symbols", "detail": problem}), part
+          ("a frame in rows is not from -1 to 2", "rows", ([0, value] for value in (*ODD_INTEGERS, -2, 3)))))])
+def test_invalid_parts_are_refused_and_store_nothing(api, problem, parts):
+    for part in parts:
+        assert upload(api.server, part) == (400, {"error": "invalid symbols", "detail": problem}), part
     assert symbol_rows(api.server) == {"symbols": [], "symbol_parts": [], "symbol_pages": []}
 
 
-AT_LIMITS = [  # a page, and the functions at its last offset
+@pytest.mark.parametrize("page, functions", [  # the functions at the last offset of the page
     ({"first": 0, "strings": [], "frames": [], "rows": [0, -1]}, []),
     ({"first": 1 << 40, "strings": [""], "frames": [0, 0, 0, -1], "rows": [0, 0]}, [("", "", 0)]),
     ({"first": 0, "strings": ["x" * 1000], "frames": [0, -1, (1 << 31) - 1, -1], "rows": [0, -1, (1 << 31) - 1, 0],
@@ -2024,15 +2020,12 @@ AT_LIMITS = [  # a page, and the functions at its last offset
     ({"first": 0, "strings": ["\0\ud800\u00fc"], "frames": [0, -1, 0, -1], "rows": [0, 0]},
      [("\ufffd\ufffd\u00fc", "", 0)]),
     ({"first": 0, "strings": ["f"], "frames": [number for n in range(300) for number in (0, -1, n, n - 1)],
-      "rows": [0, 299]}, [("f", "", n) for n in range(299, 199, -1)])]  # the innermost of too many
-
-
-def test_a_part_at_the_limits_is_stored_and_looked_up(api):
-    for n, (page, functions) in enumerate(AT_LIMITS, 1):
-        uuid, part = f"{n:x}" * 32, {**PART, "pages": [page]}
-        assert upload(api.server, {**part, "arch": "x" * 500, "part": 3998, "parts": 4000}, f"a{n}" * 16)[0] == 201
-        assert upload(api.server, part, uuid, Content_Encoding="identity")[0] == 201
-        assert functions_at(api.server, 1 << 41, backfeedr.image_uuid(uuid)) == functions
+      "rows": [0, 299]}, [("f", "", n) for n in range(299, 199, -1)])])  # the innermost of too many
+def test_a_part_at_the_limits_is_stored_and_looked_up(api, page, functions):
+    part = {**PART, "pages": [page]}
+    assert upload(api.server, {**part, "arch": "x" * 500, "part": 3998, "parts": 4000}, OTHER_BUILD)[0] == 201
+    assert upload(api.server, part, Content_Encoding="identity")[0] == 201
+    assert functions_at(api.server, 1 << 41) == functions
 
 
 def test_a_uuid_is_accepted_in_every_usual_form(api):
@@ -2074,19 +2067,19 @@ def test_the_bytes_of_a_build_and_the_number_of_builds_are_limited(api, monkeypa
     assert [upload(api.server, part)[0] for part in (*parts[:2], parts[1])] == [201, 201, 200], "not counted twice"
 
     def assert_refused(*request):
+        before = symbol_rows(api.server)
         status, answer = upload(api.server, *request)
         assert (status, answer["error"]) == (400, "too many symbols") and f"'symbols delete {HELD}'" in answer["detail"]
+        assert symbol_rows(api.server) == before
 
-    before = symbol_rows(api.server)
     assert_refused(parts[2])
-    assert symbol_rows(api.server) == before
     clock.move(1)
     monkeypatch.setattr(backfeedr, "MAX_SYMBOL_BUILDS", 2)
     add(api.server, stack_trace=[frame_of(HELD)])
-    third = "ab" * 16
+    third = backfeedr.image_uuid("ab" * 16)
     assert upload(api.server, uuid=OTHER_BUILD)[0] == upload(api.server, uuid=third)[0] == 201
-    kept = {HELD, backfeedr.image_uuid(third)}
-    assert {row[0] for row in symbol_rows(api.server)["symbols"]} == kept, "the older one has a crash, so it stays"
+    held = {row[0] for row in symbol_rows(api.server)["symbols"]}
+    assert held == {HELD, third}, "the oldest one has a crash, so it stays"
     add(api.server, stack_trace=[frame_of(third)])
     assert_refused(PART, OTHER_BUILD)
     assert upload(api.server, uuid=third)[0] == 200 and upload(api.server, parts[1])[0] == 200
@@ -2245,14 +2238,12 @@ def test_the_commands_list_and_delete_symbols(command, clock):
         clock.move(1)
         upload(server, BOTH_PARTS[0], "ab" * 16)
         status, out, err = command("symbols", "list")
-        held, missing = out.split("\nMissing, though crashes need them:\n\n")
         assert (status, err) == (0, "")
-        assert [line.split() for line in held.splitlines()[1:]] == [
-            ["ABABABAB-ABAB-ABAB-ABAB-ABABABABABAB", "Shop", "arm64", "4", "0.0", "MB", "not", "complete"],
-            [HELD, "Shop", "arm64", "4", "0.0", "MB", "2026-03-12"]]
-        assert [line.split() for line in missing.splitlines()] == [
-            ["UUID", "BUILD", "APP", "CRASHES"], [OTHER_BUILD, "Shop", "1.2", "(47)", "default", "2"],
-            ["11111111-1111-1111-1111-111111111111", "a", "build", "default", "1"]]
+        assert [re.sub(" +", " ", line) for line in out.splitlines()[1:]] == [
+            "ABABABAB-ABAB-ABAB-ABAB-ABABABABABAB Shop arm64 4 0.0 MB not complete",
+            f"{HELD} Shop arm64 4 0.0 MB 2026-03-12", "", "Missing, though crashes need them:", "",
+            "UUID BUILD APP CRASHES", f"{OTHER_BUILD} Shop 1.2 (47) default 2",
+            "11111111-1111-1111-1111-111111111111 a build default 1"]
         assert command("symbols", "delete", HELD[:6]) == (0, "", f"Deleted the symbols of the build {HELD}.\n")
         assert command("symbols", "delete", HELD[:6]) == (
             1, "", "backfeedr: no builds have a UUID that begins with '3F1B6A': see 'symbols list'\n")
@@ -2292,12 +2283,8 @@ def test_a_request_with_many_instructions_to_look_up_is_stored_at_once_and_its_c
     assert groups == [api.post(CRASHES, crash)[1]["group_hash"] for crash in sent] and len(set(groups)) == 2
 
 
-def group_rows(server):
-    return sorted(sql(server.store.path, "select group_hash, first_version, place from groups"))
-
-
 def stored_groups(server):
-    return [group for group, in sql(server.store.path, "select distinct group_hash from crashes")]
+    return [group for group, in sql(server, "select distinct group_hash from crashes")]
 
 
 def test_symbols_bring_the_crashes_of_two_builds_into_one_group(api, person, clock):
@@ -2312,9 +2299,8 @@ def test_symbols_bring_the_crashes_of_two_builds_into_one_group(api, person, clo
     group = api.get(f"{CRASHES}/{NAMED}", **ADMIN)[1]
     first = group["reports"][-1]["occurred_at"]
     assert (group["count"], group["first_version"], group["first_seen"]) == (4, "1.0", first)
-    assert group_rows(api.server) == [(NAMED, "1.0", "add")] and count(api.server, "regroupings") == 0
-    assert stored_groups(api.server) == [NAMED]
-    check_database(api.server.store.path)
+    assert sql(api.server, "select group_hash, first_version, place from groups") == [(NAMED, "1.0", "add")]
+    assert count(api.server, "regroupings") == 0 and stored_groups(api.server) == [NAMED]
     for old in (UNNAMED, unnamed_next):
         status, headers, answer = call_with_headers(api.server, "GET", f"{CRASHES}/{old}", query="limit=1", **ADMIN)
         assert (status, answer) == (301, {"error": "moved", "detail": f"to {NAMED}"})
@@ -2322,22 +2308,6 @@ def test_symbols_bring_the_crashes_of_two_builds_into_one_group(api, person, clo
         page = person.web.get(f"/crashes/{old}?app=default", headers=HTML)
         assert (page.status_int, page.headers["Location"]) == (301, f"/crashes/{NAMED}?app=default")
     assert api.get(f"{CRASHES}/{'0' * 16}", **ADMIN)[0] == 404
-
-
-def test_figures_stay_the_same_when_crashes_move(api, clock):
-    for n in range(5):
-        group_of_crash(api, clock, 1000 + 4 * n, app_version=f"1.{n}", device_id_hash=f"d{n}", device_model="m")
-        clock.move(86_400)
-    paths = [*METRICS, "/api/v1/releases", "/api/v1/metrics/retention?days=9"]
-    before = [api.get(path)[1] for path in paths]
-    upload(api.server)
-    for path, old, new in zip(paths, before, [api.get(path)[1] for path in paths]):
-        if path == "/api/v1/overview":
-            counts = [sum(group["count"] for group in answer.pop("top_crashes")) for answer in (old, new)]
-            assert counts == [5, 5]
-        assert old == new, path
-    assert len(group_rows(api.server)) == 2, "one for each function"
-    check_database(api.server.store.path)
 
 
 def test_crashes_move_in_steps_that_continue_after_a_restart(serve, clock, monkeypatch):
@@ -2409,7 +2379,7 @@ def test_aliases_follow_their_group_and_are_deleted_with_it_or_its_app(api, cloc
     api.server.store.delete_symbols(HELD)
     assert api.post(CRASHES, shop_crash(1008))[1]["group_hash"] == UNNAMED
     upload(api.server)
-    assert count(api.server, "group_aliases") == 1 and len(group_rows(api.server)) == 1
+    assert count(api.server, "group_aliases") == count(api.server, "groups") == 1
     api.server.store.delete_app("default")
     api.server.store.prune()
     assert not any(stored(api.server, "group_aliases", "regroupings", "group_images").values())
@@ -2423,7 +2393,7 @@ def test_first_seen_moves_with_the_first_crash_of_a_group_and_its_address_with_t
     old = {}
     for version, offset in (("1.0", 1008), ("1.1", 1040), ("1.2", 1040)):
         old[version] = group_of_crash(api, clock, offset, app_version=version)
-        clock.move(86_400)
+        clock.move(A_DAY)
     with api.server.store.writing() as db:  # all were in one group, and its first crash has expired
         db.execute("update crashes set group_hash = 'aaaaaaaaaaaaaaaa'")
         for table in backfeedr.PRIMARY_KEYS:
@@ -2432,7 +2402,7 @@ def test_first_seen_moves_with_the_first_crash_of_a_group_and_its_address_with_t
         db.execute("update groups set first_seen = 1, first_version = '0.9'")
         db.execute("insert into regroupings values (1, 'aaaaaaaaaaaaaaaa', 0, '')")
     api.server.store.catch_up()
-    seen = dict(row[:2] for row in sql(api.server.store.path, "select group_hash, first_version from groups"))
+    seen = dict(sql(api.server, "select group_hash, first_version from groups"))
     assert seen == {old["1.0"]: "0.9", old["1.1"]: "1.1"}
     assert sql(api.server.store.path, "select target from group_aliases") == [(old["1.2"],)]
     # As a count over the rows that are left finds it.
@@ -2668,7 +2638,6 @@ def test_replays_imports_and_test_apps_reopen_no_group_but_a_test_app_has_new_on
     assert server.store.import_(list(other.store.export(backfeedr.Crash)))["stored"] == 1
     assert subscribed.post(CRASHES, new, **key)[0] == 200 and subscribed.post(CRASHES, new, key=test_key)[0] == 201
     assert [server.metrics.group(ABORTS, app)["state"] for app in (None, "trial")] == ["resolved"] * 2
-    assert len(facts_of(server)) == 2
     subscribed.post(CRASHES, new)
     assert state_of(server) == "open" and [kind for kind, _ in facts_of(server)][2:] == ["crash.regressed"]
 
@@ -3346,10 +3315,9 @@ def test_releases_beyond_the_limits_of_a_day_and_of_an_app_count_as_other_which_
     monkeypatch.setitem(backfeedr.MAX_NEW_NAMES, "app_version", 1)
     monkeypatch.setattr(backfeedr, "MAX_RELEASES", 5)
     server = keeping(0)
-    for version, sessions in (("1.0", 1), ("2.0", 3)):
-        later(server, 1, times=sessions, type="session_start", app_version=version)
-    assert sql(server, "select app_version, sessions from release_sums order by sessions") == [
-        ("1.0", 1), ("(other)", 3)]
+    later(server, 1, type="session_start", app_version="1.0")
+    later(server, 1, times=3, type="session_start", app_version="2.0")
+    assert set(sql(server, "select app_version, sessions from release_sums")) == {("1.0", 1), ("(other)", 3)}
     assert [release["app_version"] for release in server.metrics.current_releases()] == ["1.0"]
     for n in range(1, 8):
         later(server, A_DAY, exception_type="SIGABRT", app_version=f"1.{n}")
@@ -3590,17 +3558,16 @@ def rows_of_apps(server):
 def test_a_deleted_app_disappears_at_once_and_pruning_deletes_its_rows(server, clock):
     api, store = Api(server), server.store
     fill(server, clock, 7, 60)
-    names = dict(sql(store.path, "select name, id from apps"))
-    keys = {name: store.create_key(name) for name in names}
 
     def seen():
         return answers(server), server.metrics.device("d1"), server.metrics.symbols()
 
-    for name, app_id in names.items():
-        assert api.post(CRASHES, {**CRASH, "device_id_hash": "d1"}, key=keys[name], Idempotency_Key="a")[0] == 201
+    for name, app_id in sql(server, "select name, id from apps"):
+        key = store.create_key(name)
+        assert api.post(CRASHES, {**CRASH, "device_id_hash": "d1"}, key=key, Idempotency_Key="a")[0] == 201
         before = rows_of_apps(server)
         store.delete_app(name)
-        assert api.post(CRASHES, CRASH, key=keys[name]) == (401, {"error": "invalid API key"})
+        assert api.post(CRASHES, CRASH, key=key) == (401, {"error": "invalid API key"})
         assert name not in [app.name for app in store.apps()] and api.get(f"/api/v1/overview?app={name}")[0] == 404
         with pytest.raises(StoreError):
             store.delete_app(name)
@@ -3799,7 +3766,6 @@ def test_each_report_of_an_import_counts_on_its_own_day(server, reports, counted
             backfeedr.seq_at(received) + n, "default", False, received, ahead * DAY, report))
     server.store.import_(stored_reports)
     assert sql(server, f"select day - {today - 30} from {table} order by day") == [(day,) for day in counted_days]
-    check_database(server)
 
 
 def test_other_is_shown_like_any_name_with_its_reports_until_they_are_forgotten_or_expire(one_day, later, monkeypatch):
