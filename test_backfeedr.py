@@ -2263,8 +2263,7 @@ def group_of_crash(api, clock, *place, **fields):
     return api.post(CRASHES, shop_crash(*place, occurred_at=time_text(clock.seconds), **fields))[1]["group_hash"]
 
 
-def test_a_request_with_many_instructions_to_look_up_is_stored_at_once_and_its_crashes_move_later(
-        api, monkeypatch):
+def test_a_request_with_many_instructions_to_look_up_is_stored_at_once_and_its_crashes_move_later(api, monkeypatch):
     upload(api.server)
     monkeypatch.setattr(backfeedr, "REQUEST_LOOKUPS", 1)
     monkeypatch.setattr(api.server.store, "_upkeep_if_due", lambda: None)
