@@ -1993,11 +1993,11 @@ ODD_INTEGERS = (None, True, "1", 1.0, [])
           ("strings has other than text of 1000 characters", "strings", (
               ["total", "Cart.swift", value] for value in (None, 1, [], {}, "x" * 1001))),
           ("frames is not quadruples of name, file, line and parent", "frames", ([0], [0, -1, 0], [0, -1, 0, -1, 0])),
-          *((f"a {column} in frames is not from {low} to {high}", "frames", [
-              [0, -1, 0, -1][:index] + [value] + [0, -1, 0, -1][index + 1:]
+          *((f"a {column} in frames is not from {low} to {high}", "frames", [  # in the first, second or third frame
+              ([0, -1, 0, -1] * 3)[:index] + [value] + ([0, -1, 0, -1] * 3)[index + 1:]
               for value in (*ODD_INTEGERS, low - 1, high + 1, 1 << 64)])
             for index, (column, low, high) in enumerate([
-                ("name", 0, 2), ("file", -1, 2), ("line", 0, (1 << 31) - 1), ("parent", -1, 0)])),
+                ("name", 0, 2), ("file", -1, 2), ("line", 0, (1 << 31) - 1), ("parent", -1, 2)] * 3)),
           ("a parent in frames comes after its child", "frames", (
               [0, -1, 0, 0], [0, -1, 0, -1, 0, -1, 0, 1], [0, -1, 0, 1, 0, -1, 0, -1])),
           ("rows is not pairs of delta and frame", "rows", ([0], [0, 0, 1])),
