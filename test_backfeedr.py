@@ -598,10 +598,9 @@ def test_rfc3339_times_are_read_to_the_millisecond_and_written_in_utc(text, expe
 @pytest.mark.parametrize("text", [
     "", "2026-03-12", "2026-03-12T14:22:31", "2026-03-12 14:22:31Z", "2026-03-12T14:22Z", "2026-03-12T14:22:31.Z",
     "2026-03-12T14:22:31.1234567890Z", "2026-03-12T14:22:60Z", "2026-03-12T24:00:00Z", "2026-03-12T14:60:00Z",
-    "2026-02-30T00:00:00Z", "2025-02-29T00:00:00Z", "0000-01-01T00:00:00Z", "2026-13-01T00:00:00Z",
-    "2026-03-12T14:22:31+24:00", "2026-03-12T14:22:31+01:60", "2026-03-12T14:22:31+010", "2026-W11-4T14:22:31Z",
-    "2026-03-12T14:22:31Z\n", " 2026-03-12T14:22:31Z", "２026-03-12T14:22:31Z", "20260312T142231Z",
-    "+2026-03-12T14:22:31Z"])
+    "2025-02-29T00:00:00Z", "0000-01-01T00:00:00Z", "2026-13-01T00:00:00Z", "2026-03-12T14:22:31+24:00",
+    "2026-03-12T14:22:31+01:60", "2026-03-12T14:22:31+010", "2026-W11-4T14:22:31Z", "20260312T142231Z",
+    "2026-03-12T14:22:31Z\n", " 2026-03-12T14:22:31Z", "+2026-03-12T14:22:31Z", "２026-03-12T14:22:31Z"])
 def test_text_that_is_not_an_rfc3339_time_is_refused(text):
     with pytest.raises(ValueError):
         parse_time(text)
@@ -634,28 +633,24 @@ def calls(*names, **more):
     return [{"symbol": name, **more} for name in names]
 
 
-@pytest.mark.parametrize("symbol, name", [
+@pytest.mark.parametrize("symbol, name", [  # vectors.json has more
     *((name, name) for name in (
-        "A.b", "Shop.Cart.total() -> Swift.Int", "-[Cart totalOf:with:]", "+[Cart shared]", "cart_total", "f.b", "v.2x",
-        "operator new(unsigned long)", "Cart.subscript.getter", "A.b(c: Swift.Int) throws -> ()", "$s4Shop1AV1byyF",
-        ".cold.1")),
+        "A.b", "Shop.Cart.total() -> Swift.Int", "-[Cart totalOf:with:]", "cart_total", "v.2x", "$s4Shop1AV1byyF",
+        "operator new(unsigned long)", "Cart.subscript.getter", "A.b(c: Swift.Int) throws -> ()", ".cold.1")),
     *((prefix + "A.b()", "A.b()") for prefix in (
-        "@objc ", "@nonobjc ", "specialized ", "merged ", "autoclosure #1 in ", "implicit closure #2 in ",
-        "closure #1 @Sendable () async -> () in ", "closure #1 @MainActor (A) -> () in ", "closure #1 <A>(A) -> () in ",
-        "closure #1 in ", "closure #1 (Swift.Int) -> () in ", "$defer #1 () in ",
+        "@nonobjc ", "merged ", "autoclosure #1 in ", "implicit closure #2 in ", "$defer #1 () in ",
+        "closure #1 @Sendable () async -> () in ", "closure #1 <A>(A) -> () in ", "@objc specialized ",
         "closure #12 (Swift.Int) async throws -> Swift.Array<(A)> in ", "closure #2 () in closure #1 in ",
-        "partial apply for ", "partial apply forwarder for closure #1 in ", "@objc specialized ",
+        "partial apply for ", "partial apply forwarder for closure #1 in ",
         "(2) suspend resume partial function for ", "(1) await resume partial function for ",
         "generic specialization <Swift.Array<Swift.Int>> of ",
         "function signature specialization <Arg[0] = Dead> of ")),
     *(("A.b()" + suffix, "A.b()") for suffix in (
-        " + 123", " (.cold.1)", " [clone .cold.1]", ".cold.1", ".llvm.1234567", ".resume.0", ".cold",
-        " (Cart.swift:12)", " 0x1f4", " at 0x10", ".12 + 4", " + 0x7b", " (in Shop)", " (in Shop) (Cart.swift:12) + 8",
-        " [0x104d1d1d8]", " (0x104d1d1d8)", " at Cart.swift:12", " at a.rs:1:2", "::h0123456789abcdef",
-        "$VARIANT$armv81", ".6Tm")),
+        " + 123", " (.cold.1)", " [clone .cold.1]", ".llvm.1234567", ".resume.0", ".cold", " at 0x10", ".12 + 4",
+        " + 0x7b", " (in Shop) (Cart.swift:12) + 8", " [0x104d1d1d8]", " (0x104d1d1d8)", " at a.rs:1:2",
+        "::h0123456789abcdef", "$VARIANT$armv81", ".6Tm")),
     ("invocation function for block in Cart::total()", "Cart::total()"),
     ("__45__12-[Cart total]_block_invoke_block_invoke_2", "-[Cart total]"),
-    ("__24-[Cart totalOf:with:]_block_invoke_2", "-[Cart totalOf:with:]"), ("__cart_total_block_invoke", "cart_total"),
     ("__cart_total_block_invoke.17", "cart_total"), ("__9-[X y]_block_invoke_2.45.cold.1", "-[X y]"),
     ("$s4Shop1AV1byyYaFTQ0_", "$s4Shop1AV1byyYaF")])
 def test_what_a_compiler_adds_to_a_name_does_not_change_the_group(symbol, name):
@@ -665,13 +660,11 @@ def test_what_a_compiler_adds_to_a_name_does_not_change_the_group(symbol, name):
 
 @pytest.mark.parametrize("trace, names", [  # vectors.json has more
     ([{"symbol": "A.b", "file": "x", "line": 43, "address": "0x1"}], "A.b"),
-    ([*calls("abort"), *calls("A.a", "B.b", "C.c", "D.d", file="x")], "A.a:B.b:C.c"),
     (calls("abort", "raise", "objc_msgSend", "main"), "objc_msgSend"), (calls(None, "raise"), "raise"),
     (calls(None), ""),
     # Own frames have a file, in_app, an image inside the app, or a low load address.
-    ([system(1), own(2)], f"{BUILD.upper()}+2"), ([system(1), own(2), own(3), own(4), own(5)], ":".join(
-        f"{BUILD.upper()}+{n}" for n in (2, 3, 4))),
-    *(([*calls("a", **other), *calls("b", in_app=True)], "b") for other in ({}, {"file": "a.c", "in_app": False})),
+    ([system(1), own(2), own(3), own(4), own(5)], ":".join(f"{BUILD.upper()}+{n}" for n in (2, 3, 4))),
+    ([*calls("a", file="a.c", in_app=False), *calls("b", in_app=True)], "b"),
     ([*calls("a", path="/usr/lib/liba.dylib"), *calls("b", path="/private/var/Bundle/0/Shop.app/Shop")], "b"),
     ([*calls("a", address=0x18000000f, image_base=0x180000000), *calls("b", address=9, image_base=4)], "b"),
     # Names that say nothing are skipped.
@@ -679,15 +672,15 @@ def test_what_a_compiler_adds_to_a_name_does_not_change_the_group(symbol, name):
      "A.b():C.d()"),
     ([*calls("static Shop.$main()", "static Shop.App.$main() -> ()", "dispatch thunk of A.c()", "main", "A.b()",
              "non-virtual thunk to X::y()", "reabstraction thunk helper from @escaping () -> ()", "outlined copy of A?",
-             file="a")], "A.b()"), ([*calls("main", file="a")], "main"),
+             file="a")], "A.b()"), (calls("main", file="a"), "main"),
     ([*calls("UIApplicationMain"), *calls("main", file="a")], "UIApplicationMain"),
     # Without own frames, the functions that every abort runs through are skipped.
-    ([*calls("__pthread_kill", "pthread_kill", "abort", "Shop.Cart.total()")], "Shop.Cart.total()"),
+    (calls("__pthread_kill", "pthread_kill", "abort", "Shop.Cart.total()"), "Shop.Cart.total()"),
     (calls("__exceptionPreprocess", "objc_exception_throw", "-[NSException raise]", "-[A b]", *"cde"), "-[A b]:c:d"),
     (calls("_assertionFailure(_:_:file:line:flags:)", "swift_unexpectedError", "_swift_runtime_on_report", "A.b()"),
      "A.b()"),
-    ([*calls("abort", "raise")], "abort:raise"), ([*calls("aborted()", "x")], "aborted():x"),
-    *(([*calls(name, "A.b()", file="a")], "A.b()") for name in (  # runtimes that are linked into the app
+    (calls("abort", "raise"), "abort:raise"), (calls("aborted()", "x"), "aborted():x"),
+    *((calls(name, "A.b()", file="a"), "A.b()") for name in (  # runtimes that are linked into the app
         "Swift runtime failure: Index out of range", "konan::abort()", "rust_panic", "std::panicking::panic_with_hook",
         "(anonymous namespace)::terminateWithUnhandledException(ObjHeader*)::$_1::operator()() const",
         "NullCheck(void*)", "core::panicking::panic_fmt::h0123456789abcdef",
@@ -696,20 +689,17 @@ def test_what_a_compiler_adds_to_a_name_does_not_change_the_group(symbol, name):
         "-[RCTExceptionsManager reportFatal:stack:]", "FIRCLSTerminateHandler()")),
     (calls("rust_panic", file="a"), "rust_panic"),
     # Frames without names count as build and offset, or as binary and offset.
-    ([{"binary": "UIKitCore", "offset": 7}, {"binary": "Foundation", "offset": 8}], "UIKitCore+7:Foundation+8"),
     ([*calls("abort"), {"binary": "UIKitCore", "offset": 7}], "UIKitCore+7"),
-    *(([{"symbol": text, **binary}], "Shop+15424") for text, binary in (
+    *((calls(text, **binary), "Shop+15424") for text, binary in (
         ("Shop + 15424", {"binary": "Shop"}), ("Shop + 15424", {}), ("0x1040c8000 + 15424", {"binary": "Shop"}),
         ("0   Shop                    0x0000000104f5c4d8 0x1040c8000 + 15424", {}), ("0x1040cbc40 Shop + 15424", {}),
         ("__mh_execute_header + 15424", {"binary": "Shop"}),
         ("_mh_execute_header", {"binary": "Shop", "offset": 15424}))),
-    ([{"symbol": "1   Shop                    0x0000000104f5c4d8 Cart.total() + 120"}], "Cart.total()"),
-    ([{"symbol": "My App + 15424"}], "My App+15424"), ([{"symbol": "total + 15424", "binary": "Shop"}], "total"),
-    *(([{"symbol": text, "binary": "Shop", "uuid": BUILD, "offset": 9, "in_app": True}], f"{BUILD.upper()}+9")
-      for text in (
+    (calls("1   Shop                    0x0000000104f5c4d8 Cart.total() + 120"), "Cart.total()"),
+    (calls("My App + 15424"), "My App+15424"), (calls("total + 15424", binary="Shop"), "total"),
+    *(([own(9, symbol=text)], f"{BUILD.upper()}+9") for text in (
         "0x1040c8000", "00000001040c8000", "<redacted>", "???", "Shop + 9", "the.function.before")),
-    ([{"symbol": "0x1040c8000"}, *calls("a")], "a"), ([{"symbol": "-[A b] + 15424"}], "-[A b]"),
-    ([{"symbol": 7, "file": ["x"]}, *calls("a")], "a"),
+    (calls("0x1040c8000", "a"), "a"), (calls("-[A b] + 15424"), "-[A b]"), (calls(7, "a"), "a"),
     # A device's symbol is trusted if no symbols can be uploaded for it, or if the frame is symbolicated.
     ([{"symbol": "A.b()", "binary": "Shop", "offset": 9, "in_app": True}], "A.b()"),
     ([own(9, symbol="A.b()", symbolicated=True)], "A.b()"),
@@ -793,9 +783,8 @@ BODIES_KEPT = [  # a body, and what is stored
     (changed(CRASH, **UNKNOWN, stack_trace=[FRAME]), {"extra": UNKNOWN, "stack_trace": [FRAME]}),
     *[(changed(CRASH, **{name: value}), {name: value}) for name, value in [
         ("exception_type", "x" * 500), ("exception_reason", "x" * 10_000), ("locale", "\U0001f1e9" * 500),
-        ("app_version", "9" * 500), ("battery_level", -1), ("battery_level", -1.0), ("battery_level", 0),
-        ("battery_level", 1), ("free_memory_mb", 312.5), ("free_memory_mb", (1 << 63) - 1), ("is_charging", True),
-        ("stack_trace", []), ("stack_trace", [{}])]],
+        *(("battery_level", level) for level in (-1, -1.0, 0, 1)), ("free_memory_mb", 312.5),
+        ("free_memory_mb", (1 << 63) - 1), ("is_charging", True), ("stack_trace", []), ("stack_trace", [{}])]],
     *[(changed(CRASH, x=value), {"extra": {"x": value}}) for value in (1 << 64, -1e-300, nested(60))],
     # a repeated field: the last one counts
     (VALID[:-1] + b', "exception_type": "B"}', {"exception_type": "B"}),
@@ -808,9 +797,8 @@ BODIES_KEPT = [  # a body, and what is stored
     (changed(CRASH, x={"\x00": 1, "\ud800": 2}), {"extra": {"x": {"\ufffd": 2}}}),
     # times of a clock that is ahead or was never set are counted at receipt
     *[(changed(CRASH, occurred_at=time), {"occurred_at": expected, "at": parse_time(NOW)}) for time, expected in [
-        ("0001-01-01T00:00:00Z", -62135596800000), ("0001-01-01T00:00:00+23:59", -62135596800000),
-        ("2006-12-31T23:59:59.999Z", 1_167_609_599_999), ("2026-03-12T14:35:00.001Z", parse_time(NOW) + 300_001),
-        ("9999-12-31T23:59:59-23:59", 253402300799999)]],
+        ("0001-01-01T00:00:00+23:59", -62135596800000), ("2006-12-31T23:59:59.999Z", 1_167_609_599_999),
+        ("2026-03-12T14:35:00.001Z", parse_time(NOW) + 300_001), ("9999-12-31T23:59:59-23:59", 253402300799999)]],
     *[(changed(CRASH, occurred_at=time), {"occurred_at": parse_time(time), "at": parse_time(time)})
       for time in ("2007-01-01T00:00:00Z", "2026-03-12T14:35:00Z")]]
 
@@ -828,13 +816,13 @@ def test_everything_sent_is_stored_and_can_be_shown(serve):
 
 
 def test_null_and_empty_text_mean_that_a_field_is_absent(api):
-    for absent, (path, sent, names) in product((None, ""), [
-            (CRASHES, CRASH, "exception_reason stack_trace app_version build_number os_version device_model "
-                             "device_id_hash locale free_memory_mb battery_level is_charging"),
-            (EVENTS, {**EVENT, "type": "session_start"}, "name properties device_id_hash session_id locale")]):
-        assert api.post(path, {**sent, **dict.fromkeys(names.split(), absent)})[0] == 201
+    required = {"exception_type", "type", "occurred_at"}
+    for absent, (path, sent, kind) in product((None, ""), [
+            (CRASHES, CRASH, backfeedr.Crash), (EVENTS, {**EVENT, "type": "session_start"}, backfeedr.Event)]):
+        names = {*kind._fields} - required - {"group_hash", "images", "extra"}
+        assert api.post(path, {**sent, **dict.fromkeys(names, absent)})[0] == 201
         row = latest_row(api, path)
-        assert {row[name] for name in names.split()} == {None}
+        assert {row[name] for name in names} == {None}
     assert stored(api.server, "devices", "sessions") == {"devices": [], "sessions": []}
     assert api.get("/api/v1/overview")[1]["sessions_7d"] == 2
 
@@ -845,9 +833,8 @@ def batch_of(*events):
 
 INVALID_VALUES = [  # a path, a valid body, its field, and invalid values
     *[(path, sent, "occurred_at", [
-        True, [], "yesterday", "2026-03-12", "2026-03-12T14:22:31", "2026-02-30T00:00:00Z", "2026-03-12T14:22:31Z\n",
-        "0000-01-01T00:00:00Z", "2026-03-12T14:22:60Z", "1773325351", 1e18, -1e12]) for path, sent in (
-            (CRASHES, CRASH), (EVENTS, EVENT))],
+        True, [], "yesterday", "2026-02-30T00:00:00Z", "2026-03-12T14:22:31Z\n", "1773325351", 1e18, -1e12])
+      for path, sent in ((CRASHES, CRASH), (EVENTS, EVENT))],
     (CRASHES, CRASH, "exception_type", [1, True, ["a"], {"a": 1}]), (EVENTS, EVENT, "type", [1, ["custom"]])]
 SHORT = [(47, "47"), ("x" * 501, "x" * 500)]
 CONVERTED = [  # a field, values with what is stored for them, and values of a wrong type, which are kept in `extra`
@@ -953,7 +940,9 @@ def test_an_optional_field_is_converted_or_kept_unchanged():
 
 
 FRAME_OF = dict(symbol="Shop.Cart.total()", file="Cart.swift", line=7)
-LONG = [  # a field that is sent, what is stored for it, and what `truncated` says
+
+
+@pytest.mark.parametrize("path, fields, expected, cut", [  # what is stored, and what `truncated` says
     (CRASHES, {"stack_trace": [dict(FRAME_OF, frame=n) for n in range(600)]},
      {"stack_trace": [dict(FRAME_OF, frame=n) for n in (*range(384), *range(472, 600))]}, "stack_trace"),
     (EVENTS, {"properties": {f"p{n:03}": n for n in range(300)}},
@@ -972,26 +961,23 @@ LONG = [  # a field that is sent, what is stored for it, and what `truncated` sa
         (CRASHES, "stack_trace", [dict(FRAME_OF, symbol="x" * 2_000)] * 400),
         (EVENTS, "properties", {"a": {"b": {"c": "x" * 400_000}}, "d": "kept"}),
         (EVENTS, "properties", {"x" * 300_000: "y" * 300_000}),
-        (EVENTS, "properties", {f"p{n}": [1] * 2_000 for n in range(150)}))]]
-
-
-def test_a_report_that_is_too_large_is_cut_at_the_end_and_says_so():
-    for path, fields, expected, cut in LONG:
-        for batched, limit in [(False, 256_000), (True, 32_000)][:1 + (path == EVENTS)]:
-            row = parsed(path, fields, batched)
-            size = sum(len(text.encode()) for text in row.values() if isinstance(text, str))
-            extra = json.loads(row["extra"])
-            assert size <= limit and extra.pop("truncated") == [cut]
-            assert expected or size > 0.9 * limit, "no more is cut than necessary"
-            for name, value in expected.items():
-                assert (extra if name == "extra" else json.loads(row[name])) == value
+        (EVENTS, "properties", {f"p{n}": [1] * 2_000 for n in range(150)}))]], ids=lambda value: str(value)[:20])
+def test_a_report_that_is_too_large_is_cut_at_the_end_and_says_so(path, fields, expected, cut):
+    for batched, limit in [(False, 256_000), (True, 32_000)][:1 + (path == EVENTS)]:
+        row = parsed(path, fields, batched)
+        size = sum(len(text.encode()) for text in row.values() if isinstance(text, str))
+        extra = json.loads(row["extra"])
+        assert size <= limit and extra.pop("truncated") == [cut]
+        assert expected or size > 0.9 * limit, "no more is cut than necessary"
+        for name, value in expected.items():
+            assert (extra if name == "extra" else json.loads(row[name])) == value
 
 
 def test_frames_that_are_not_kept_decide_the_group_too():
     for position, count in ((450, 700), (999, 5000), (4990, 5000)):
-        frames = [{"symbol": f"lib{n}"} for n in range(count)]
+        frames = calls(*(f"lib{n}" for n in range(count)))
         frames[position] = {"symbol": "App.a", "file": "a.swift"}
-        assert parse_crash({**CRASH, "stack_trace": frames}).group_hash == hashed(f"{CRASH['exception_type']}:App.a")
+        assert parse_crash({**CRASH, "stack_trace": frames}).group_hash == hashed("SIGABRT:App.a")
 
 
 @pytest.mark.parametrize("is_own, is_cut, group", [
@@ -1007,8 +993,7 @@ def test_a_large_nested_value_in_a_report_that_is_cut_becomes_text():
     properties = json.loads(event.properties)
     assert properties["a"].startswith('[[["xxxxxxxxx"],["xxxxxxxxx"],') and properties["b"] == [{"c": [1]}]
     frame = {f"f{n}": "x" * 200 for n in range(40)}
-    crash = parse_crash({**CRASH, "stack_trace": [{"symbol": "f", "line": 7, **frame}] * 100})
-    kept = json.loads(crash.stack_trace)[0]
+    kept = json.loads(parse_crash({**CRASH, "stack_trace": [{"symbol": "f", "line": 7, **frame}] * 100}).stack_trace)[0]
     assert (kept["symbol"], kept["line"], kept["f0"][:3], len(kept)) == ("f", 7, "xxx", 32)
     frames = [dict.fromkeys(frame, 1)] * 513  # too many, but small
     assert json.loads(parse_crash({**CRASH, "stack_trace": frames}).stack_trace) == frames[:512]
@@ -1087,13 +1072,11 @@ def test_an_unknown_field_becomes_text_only_if_it_is_nested_too_deep():
 def test_a_cut_crash_keeps_its_group_when_it_is_imported(api, serve):
     long = [{"symbol": f"{n % 10}" * 3_000, "file": "a.swift"} for n in range(300)]
     body = gzip.compress(json.dumps({**CRASH, "stack_trace": long}).encode())
-    status, answer = api.post(CRASHES, body, Content_Encoding="gzip")
-    lines, other = io.StringIO(), serve("other.db")
-    for stored_report in api.server.store.export(backfeedr.Crash):
-        backfeedr.write_jsonl(lines, stored_report)
-    assert backfeedr.import_jsonl(other.store, lines.getvalue().encode().splitlines())["stored"] == 1
-    assert status == 201 and report(other)["group_hash"] == answer["group_hash"]
-    assert "truncated" in report(other)["extra"]
+    group = api.post(CRASHES, body, **ZIPPED)[1]["group_hash"]
+    line, other = io.StringIO(), serve("other.db")
+    backfeedr.write_jsonl(line, *api.server.store.export(backfeedr.Crash))
+    assert backfeedr.import_jsonl(other.store, [line.getvalue().encode()])["stored"] == 1
+    assert report(other)["group_hash"] == group and "truncated" in report(other)["extra"]
 
 
 def test_deep_json_is_read_no_further_than_to_the_level_that_is_too_deep(monkeypatch):
@@ -1149,14 +1132,13 @@ def test_deep_json_does_not_end_a_server_whose_threads_have_small_stacks():
 
 
 def test_a_batch_of_100_events_is_stored_in_order_with_its_unknown_fields(api):
-    sent = [(kind, str(n)) for n in range(25) for kind in ("session_start", "session_end", "error", "custom")]
+    sent = [(kind, str(n)) for n in range(25) for kind in backfeedr.EVENT_TYPES]
     events = [{**EVENT, "type": kind, "name": name} for kind, name in sent]
     status, answer = api.post(BATCH, {"events": [{**events[0], "sdk": "1.0"}, *events[1:]], "sent_at": "now"})
     assert (status, answer["count"], len(set(answer["ids"]))) == (201, 100, 100)
-    assert sql(api.server.store.path, "select id, type, name from events order by seq") \
-        == [(event_id, *event) for event_id, event in zip(answer["ids"], sent)]
-    extras = [extra for extra, in sql(api.server.store.path, "select extra from events order by seq")]
-    assert json.loads(extras[0]) == {"sdk": "1.0", "batch": {"sent_at": "now"}} and extras[1:] == [None] * 99
+    extras = ['{"sdk":"1.0","batch":{"sent_at":"now"}}', *[None] * 99]
+    assert sql(api.server, "select id, type, name, extra from events order by seq") \
+        == [(event_id, *event, extra) for event_id, event, extra in zip(answer["ids"], sent, extras)]
 
 
 # == Apple formats =============================================================
@@ -1288,7 +1270,7 @@ def only(body):
 def trace_of(body):
     """The frames of the one crash or event in a body."""
     report = only(body)
-    return report["stack_trace"] if "stack_trace" in report else report["properties"]["stack_trace"]
+    return report.get("properties", report)["stack_trace"]
 
 
 FLAT = [{"frame": 0, "symbol": "UIApplicationMain", "binary": "UIKitCore", "uuid": MALLOC, "offset": 8,
@@ -1358,15 +1340,12 @@ def test_nothing_that_identifies_a_phone_or_a_person_is_kept():
                         if word in text]
 
 
-APPLE_REPORTS = [  # a body, and the possible errors at POST /crashes
-    *[(body, ["invalid JSON"]) for body in (ips_of(), crash_text(), ips_of({**IPS_HEAD, "bug_type": "298"}))],
-    *[(body, ["missing exception_type"]) for body in (
-        ips_of(None), payload_of(), WHOLE_REPORTS[4][0], SPAN, json.dumps(IPS_HEAD).encode())],
-    (nest(3000), ["invalid JSON", "missing exception_type"])]  # Python 3.13 reads any depth
-
-
 def test_an_apple_report_sent_as_a_crash_is_refused_with_a_detail_that_says_where_it_belongs(api):
-    for body, errors in APPLE_REPORTS:
+    for body, errors in [  # Python 3.13 reads any depth
+            *((body, ["invalid JSON"]) for body in (ips_of(), crash_text(), ips_of({**IPS_HEAD, "bug_type": "298"}))),
+            *((body, ["missing exception_type"]) for body in (
+                ips_of(None), payload_of(), WHOLE_REPORTS[4][0], SPAN, json.dumps(IPS_HEAD).encode())),
+            (nest(3000), ["invalid JSON", "missing exception_type"])]:
         status, answer = api.post(CRASHES, body)
         assert status == 400 and answer.pop("error") in errors
         assert answer == {"detail": "POST Apple's reports unchanged to /api/v1/diagnostics"}
@@ -1410,7 +1389,9 @@ THROWN = {"exceptionName": "NSRangeException", "composedMessage": "index 3 beyon
 WATCHDOG = "<RBSTerminateContext| domain:10 code:0x8BADF00D explanation:scene-create watchdog>"
 UNQUOTED = "RCTFatalException: TypeError: Cannot read property 'cart' of undefined"
 ASI = "*** Terminating app due to uncaught exception 'NSRangeException', reason: 'it's 3\nof 2'\n%s terminating"
-TYPES = [  # a report, and its exception type and reason
+
+
+@pytest.mark.parametrize("body, kind, reason", [
     *[(payload_of(meta=meta), kind, None) for meta, kind in [
         ({"exceptionType": 1, "signal": 11}, "EXC_BAD_ACCESS"), ({"exceptionType": 10, "signal": 6}, "SIGABRT"),
         ({"exceptionType": 10}, "EXC_CRASH"), ({"signal": 9}, "SIGKILL"), ({}, "Unknown"),
@@ -1467,18 +1448,14 @@ TYPES = [  # a report, and its exception type and reason
         (("(SIGABRT)", "(SIGABRT)\nException Subtype: GUARD_X\nException Message: on port 7"), "SIGABRT",
          "GUARD_X on port 7"),
         (("Triggered", "Application Specific Information:\n" + ASI % "x" + "\n\nTriggered"),
-         "NSRangeException", "it's 3\nof 2")]]]
-
-
-@pytest.mark.parametrize("body, kind, reason", TYPES, ids=lambda value: str(value)[-40:])
+         "NSRangeException", "it's 3\nof 2")]]], ids=lambda value: str(value)[-40:])
 def test_the_exception_type_is_the_most_specific_one(body, kind, reason):
     report = only(body)
     assert (report["exception_type"], report.get("exception_reason")) == (kind, reason)
 
 
 @pytest.mark.parametrize("sent, expected", [
-    ("iPhone OS 17.0 (21A329)", "17.0"), ("iPhone OS 14.0.1 (18A393)", "14.0.1"), ("macOS 12.0.1 (21A559)", "12.0.1"),
-    ("iPadOS 26.1 (23B85)", "26.1"), ("visionOS 2.0 (22N320)", "2.0"), ("Mac OS X 10.15.7 (19H2)", "10.15.7"),
+    ("iPhone OS 14.0.1 (18A393)", "14.0.1"), ("visionOS 2.0 (22N320)", "2.0"), ("Mac OS X 10.15.7 (19H2)", "10.15.7"),
     ("iPhone OS 16.4.1 (a) (20E772520a)", "16.4.1"), ("Version 17.0 (Build 21A329)", "17.0"), ("17.5", "17.5"),
     ("Something else", "Something else"), ("iOS 17 beta", "iOS 17 beta"), ({"number": "27.0"}, "27.0")])
 def test_the_os_version_is_the_number_alone(sent, expected):
@@ -1537,7 +1514,9 @@ def test_a_diagnostic_occurred_at_the_end_of_its_span_or_when_captured_else_at_r
 
 
 BASE = 0x100400000
-METRICKIT_FRAMES = [  # changes to a frame of MetricKit, and its binary, offset, and whether it is the app's own
+
+
+@pytest.mark.parametrize("changes, expected", [  # to a frame; its binary, offset, and whether it is the app's own
     ({"address": BASE + 5, "offsetIntoBinaryTextSegment": 5}, ("Shop", 5, True)),
     ({"address": BASE + 5, "offsetIntoBinaryTextSegment": BASE}, ("Shop", 5, True)),  # iOS 14
     ({"address": (1 << 33) + 5, "offsetIntoBinaryTextSegment": 1 << 33}, ("Shop", 5, False)),
@@ -1552,10 +1531,7 @@ METRICKIT_FRAMES = [  # changes to a frame of MetricKit, and its binary, offset,
     ({"address": BASE - 1, "offsetIntoBinaryTextSegment": BASE}, ("Shop", None, True)),
     ({"address": str(BASE), "offsetIntoBinaryTextSegment": "0x12"}, ("Shop", None, False)),
     ({"address": -5, "offsetIntoBinaryTextSegment": -5}, ("Shop", None, False)),
-    ({"address": 1 << 70, "offsetIntoBinaryTextSegment": True}, ("Shop", None, False))]
-
-
-@pytest.mark.parametrize("changes, expected", METRICKIT_FRAMES)
+    ({"address": 1 << 70, "offsetIntoBinaryTextSegment": True}, ("Shop", None, False))])
 def test_a_frame_of_metrickit_has_an_offset_and_is_own_below_the_system_libraries(changes, expected):
     frame, = trace_of(payload_of(tree=tree_of(sampled("Shop", 16, **changes))))
     assert (frame.get("binary"), frame.get("offset"), frame.get("in_app", False)) == expected
@@ -1576,15 +1552,14 @@ def test_without_images_the_load_address_tells_the_own_code_of_a_crash_text():
         ("Main.c", False), ("Cart.swift", True), (None, True)]
 
 
+IN_SHOP = {"binary": "Shop", "uuid": SHOP, "in_app": True}
+
+
 @pytest.mark.parametrize("changes, expected", [
-    ({"imageIndex": 7}, {}), ({"imageIndex": -1}, {}), ({"imageIndex": "0"}, {}), ({"imageIndex": None}, {}),
-    ({"imageIndex": 3}, {}), ({"imageIndex": 4}, {}), ({"imageIndex": 5}, {}),
-    ({"imageOffset": "0x20"}, {"binary": "Shop", "uuid": SHOP, "in_app": True}),
-    ({"symbol": "<redacted>"}, {"binary": "Shop", "uuid": SHOP, "offset": 32, "in_app": True}),
-    ({"sourceFile": "/Users/x/Cart.swift", "sourceLine": "12"},
-     {"file": "Cart.swift", "binary": "Shop", "uuid": SHOP, "offset": 32, "in_app": True}),
-    ({"sourceFile": "/<compiler-generated>", "sourceLine": 3},
-     {"binary": "Shop", "uuid": SHOP, "offset": 32, "in_app": True})])
+    *[({"imageIndex": index}, {}) for index in (7, -1, "0", None, 3, 4, 5)], ({"imageOffset": "0x20"}, IN_SHOP),
+    ({"symbol": "<redacted>"}, {**IN_SHOP, "offset": 32}),
+    ({"sourceFile": "/Users/x/Cart.swift", "sourceLine": "12"}, {**IN_SHOP, "offset": 32, "file": "Cart.swift"}),
+    ({"sourceFile": "/<compiler-generated>", "sourceLine": 3}, {**IN_SHOP, "offset": 32})])
 def test_unknown_parts_of_a_frame_are_left_out(changes, expected):
     images = [*IMAGES, {"name": "???", "path": "", "uuid": SHOP.translate(str.maketrans("12345A", "0" * 6))}, 5, []]
     frame = {"imageIndex": 0, "imageOffset": 32, **changes}
@@ -1614,10 +1589,10 @@ def test_the_frames_are_those_of_the_attributed_thread_the_innermost_first(kind,
 
 
 def test_the_backtrace_of_an_exception_takes_precedence_over_that_of_the_thread():
-    thrower = [{"imageIndex": 0, "imageOffset": 3}]
-    assert [frame["offset"] for frame in trace_of(ips_of(lastExceptionBacktrace=thrower))] == [3]
-    assert [frame["offset"] for frame in trace_of(ips_of(lastExceptionBacktrace=[], faultingThread=9))] == [8, 32, 64]
-    assert [frame["offset"] for frame in trace_of(ips_of(faultingThread=0))] == [1]
+    for changes, offsets in (
+            ({"lastExceptionBacktrace": [{"imageIndex": 0, "imageOffset": 3}]}, [3]),
+            ({"lastExceptionBacktrace": [], "faultingThread": 9}, [8, 32, 64]), ({"faultingThread": 0}, [1])):
+        assert [frame["offset"] for frame in trace_of(ips_of(**changes))] == offsets
     for backtrace in ("(0x100400010 0x180000002)", "0   Shop  0x100400010 0x100400000 + 16\n1  X\t0x180000002 f + 2"):
         trace = trace_of(crash_text(("Thread 0 name", f"Last Exception Backtrace:\n{backtrace}\n\nThread 0 name")))
         assert [(frame["offset"], frame.get("in_app")) for frame in trace] == [(16, True), (2, False)]
@@ -1723,13 +1698,6 @@ def test_a_call_stack_may_be_nested_to_any_depth(depth):
 
 
 DEEP_FRAMES = '{"sampleCount": 1, "subFrames" :\n[{}, ' * 700 + "0" + "]}" * 700
-JSON_VALUES = [
-    "-12", "1.5e3", "true", "[ ]", '"a\\"\\\\\\/\\b\\u00e9\\ud83d\\ude00"', '[1, [2, {}], {"a": [null]}]',
-    '{"a": 1, "a": 2}', "[" * 60 + "]" * 60, '"]"', '"\\"subFrames\\":["', '"subFrames"', '{"subFrames": {}}',
-    '{"x": "NaN", "subFrames": [1, {"subFrames": [[]]}, 2]}', "1e400", "9" * 5000, "NaN", "-Infinity", "[NaN]",
-    '{"subFrames": [{"subFrames": []}, {"subFrames": [3]}], "b": {"subFrames": [4]}}', '{"subFrames": NaN}',
-    '{"subFrames": [NaN]}', '{"subFrames": [}', '{"subFrames": []', '{"subFrames": []]}', "[1,]", "[1", "[1}", "}", "]",
-    "{'a': 1}", '"a', '"a\nb"', "\u00a01", ""]
 
 
 def with_paths(value):
@@ -1751,8 +1719,15 @@ def with_paths(value):
     return value
 
 
-def test_json_beside_deep_frames_is_read_like_any_other():
-    for value, text in product(JSON_VALUES, ('{"x": %s, "deep": %s}', '{"deep": %s, "x": %s}')):
+@pytest.mark.parametrize("value", [
+    "-12", "1.5e3", "true", "[ ]", '"a\\"\\\\\\/\\b\\u00e9\\ud83d\\ude00"', '[1, [2, {}], {"a": [null]}]',
+    '{"a": 1, "a": 2}', "[" * 60 + "]" * 60, '"]"', '"\\"subFrames\\":["', '"subFrames"', '{"subFrames": {}}',
+    '{"x": "NaN", "subFrames": [1, {"subFrames": [[]]}, 2]}', "1e400", "9" * 5000, "NaN", "-Infinity", "[NaN]",
+    '{"subFrames": [{"subFrames": []}, {"subFrames": [3]}], "b": {"subFrames": [4]}}', '{"subFrames": NaN}',
+    '{"subFrames": [NaN]}', '{"subFrames": [}', '{"subFrames": []', '{"subFrames": []]}', "[1,]", "[1", "[1}", "}", "]",
+    "{'a': 1}", '"a', '"a\nb"', "\u00a01", ""], ids=lambda value: value[:20])
+def test_json_beside_deep_frames_is_read_like_any_other(value):
+    for text in ('{"x": %s, "deep": %s}', '{"deep": %s, "x": %s}'):
         text %= (value, DEEP_FRAMES) if text[2] == "x" else (DEEP_FRAMES, value)
         try:
             expected = backfeedr._DECODER.decode(value)
@@ -1774,7 +1749,7 @@ def test_characters_that_no_database_can_store_are_replaced_in_apple_reports():
 
 
 def apple_mutant(mutations):
-    """An Apple report with random changes."""
+    """An Apple report with random changes, for test_random_requests_get_documented_answers."""
     sources = [[json.dumps(body).encode()] for body in (*(body for body, _ in WHOLE_REPORTS[2:]), {
         "hangDiagnostics": [{"callStackTree": tree} for _, tree, _ in TREES]})]
     parts = mutations.pick([*sources, ips_of().split(b"\n"), crash_text().split(b"\n")])
@@ -1786,17 +1761,6 @@ def apple_mutant(mutations):
         if len(parts) > 2:  # text: a line is repeated elsewhere
             parts.insert(mutations.random.randrange(len(parts)), mutations.pick(parts))
     return b"\n".join(parts)
-
-
-def test_randomly_changed_apple_reports_are_read_or_refused():
-    mutations, answers = Mutations(seed=2), Counter()
-    for _ in range(500):
-        body = apple_mutant(mutations)
-        try:
-            answers[len(backfeedr.parse_diagnostics(body, parse_time(NOW)))] += 1
-        except Refusal as refusal:
-            answers[str(refusal)] += 1
-    assert answers[1] > 160 and answers["unknown report format"] > 25, answers
 
 
 # == Signature =================================================================
@@ -1823,13 +1787,12 @@ def test_a_flipped_bit_in_body_timestamp_or_signature_is_refused(serve):
 
 
 def test_a_signature_is_valid_for_300_seconds_before_and_after_its_time(api, clock):
-    start = clock.seconds
-    for seconds in (-301, -300, 0, 300, 301):
-        clock.seconds, before = start + seconds, count(api.server, "events")
-        status, answer = api.signed(EVENTS, b'{"n": %d, %s' % (seconds, VECTOR_BODY[1:]), NOW)
-        assert status == (201 if abs(seconds) <= 300 else 401), seconds
-        assert (status == 201) is ("id" in answer) and (status == 201 or answer == {"error": "stale timestamp"})
-        assert count(api.server, "events") - before == (status == 201)
+    start, stale = clock.seconds, (401, {"error": "stale timestamp"})
+    for seconds, accepted in ((-301, 0), (-300, 1), (0, 2), (300, 3), (301, 3)):
+        clock.seconds = start + seconds
+        answer = api.signed(EVENTS, b'{"n": %d, %s' % (seconds, VECTOR_BODY[1:]), NOW)
+        assert (answer == stale) if abs(seconds) > 300 else answer[0] == 201 and "id" in answer[1]
+        assert count(api.server, "events") == accepted
 
 
 def test_a_signed_body_is_new_on_another_path_and_refused_with_another_key(api):
@@ -1843,8 +1806,8 @@ def test_a_signed_body_is_new_on_another_path_and_refused_with_another_key(api):
 def test_unsigned_requests_are_refused_if_signatures_are_required(serve):
     api = Api(serve(require_signature=True))
     assert api.post(CRASHES, CRASH) == (401, {"error": "signature required"})
-    assert stored(api.server, "crashes") == {"crashes": []}
-    assert api.signed(CRASHES, json.dumps(CRASH).encode(), NOW)[0] == 201
+    assert count(api.server, "crashes") == 0
+    assert api.signed(CRASHES, VALID, NOW)[0] == 201
 
 
 # == RateLimiter ===============================================================
@@ -1989,10 +1952,10 @@ def completed(monkeypatch):
     return uploads
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 1, 2, 1, 0)])
+@pytest.mark.parametrize("order", ["012", "201", "11210"])
 def test_an_upload_in_any_order_and_with_repeats_completes_once(api, completed, order):
     received = set()
-    for n in [*order, *order]:
+    for n in map(int, order * 2):
         status, answer = upload(api.server, part_of(3, n))
         assert status == (200 if n in received else 201)
         received.add(n)
@@ -2055,7 +2018,9 @@ def test_another_number_of_parts_restarts_the_upload(api, monkeypatch):
 
 
 ODD_INTEGERS = (None, True, "1", 1.0, [])
-BAD_PARTS = [  # a problem, and the parts that have it
+
+
+@pytest.mark.parametrize("problem, parts", [
     *((f"{name} is not text of 1 to 500 characters", [{**PART, name: value} for value in (None, "", 1, "x" * 501)])
       for name in ("binary", "arch")),
     ("parts is not from 1 to 4000", [{**PART, "parts": value} for value in (*ODD_INTEGERS, 0, -1, 4001)]),
@@ -2071,11 +2036,11 @@ BAD_PARTS = [  # a problem, and the parts that have it
           ("strings has other than text of 1000 characters", "strings", (
               ["total", "Cart.swift", value] for value in (None, 1, [], {}, "x" * 1001))),
           ("frames is not quadruples of name, file, line and parent", "frames", ([0], [0, -1, 0], [0, -1, 0, -1, 0])),
-          *((f"a {column} in frames is not from {low} to {high}", "frames", [
-              [0, -1, 0, -1][:index] + [value] + [0, -1, 0, -1][index + 1:]
+          *((f"a {column} in frames is not from {low} to {high}", "frames", [  # in the first, second or third frame
+              ([0, -1, 0, -1] * 3)[:index] + [value] + ([0, -1, 0, -1] * 3)[index + 1:]
               for value in (*ODD_INTEGERS, low - 1, high + 1, 1 << 64)])
             for index, (column, low, high) in enumerate([
-                ("name", 0, 2), ("file", -1, 2), ("line", 0, (1 << 31) - 1), ("parent", -1, 0)])),
+                ("name", 0, 2), ("file", -1, 2), ("line", 0, (1 << 31) - 1), ("parent", -1, 2)] * 3)),
           ("a parent in frames comes after its child", "frames", (
               [0, -1, 0, 0], [0, -1, 0, -1, 0, -1, 0, 1], [0, -1, 0, 1, 0, -1, 0, -1])),
           ("rows is not pairs of delta and frame", "rows", ([0], [0, 0, 1])),
@@ -2084,17 +2049,14 @@ BAD_PARTS = [  # a problem, and the parts that have it
           ("a later delta in rows is not from 1 to 2147483647", "rows", (
               [0, 0, 1, 0, value, 0] for value in (*ODD_INTEGERS, 0, -1, 1 << 31))),
           ("rows has an offset above 1099511627776", "rows", ([0, 0] + [1 << 30, 0] * 1024,)),
-          ("a frame in rows is not from -1 to 2", "rows", ([0, value] for value in (*ODD_INTEGERS, -2, 3)))))]
-
-
-def test_invalid_parts_are_refused_and_store_nothing(api):
-    for problem, parts in BAD_PARTS:
-        for part in parts:
-            assert upload(api.server, part) == (400, {"error": "invalid symbols", "detail": problem}), part
+          ("a frame in rows is not from -1 to 2", "rows", ([0, value] for value in (*ODD_INTEGERS, -2, 3)))))])
+def test_invalid_parts_are_refused_and_store_nothing(api, problem, parts):
+    for part in parts:
+        assert upload(api.server, part) == (400, {"error": "invalid symbols", "detail": problem}), part
     assert symbol_rows(api.server) == {"symbols": [], "symbol_parts": [], "symbol_pages": []}
 
 
-AT_LIMITS = [  # a page, and the functions at its last offset
+@pytest.mark.parametrize("page, functions", [  # a page, and the functions at its last offset
     ({"first": 0, "strings": [], "frames": [], "rows": [0, -1]}, []),
     ({"first": 1 << 40, "strings": [""], "frames": [0, 0, 0, -1], "rows": [0, 0]}, [("", "", 0)]),
     ({"first": 0, "strings": ["x" * 1000], "frames": [0, -1, (1 << 31) - 1, -1], "rows": [0, -1, (1 << 31) - 1, 0],
@@ -2104,15 +2066,12 @@ AT_LIMITS = [  # a page, and the functions at its last offset
     ({"first": 0, "strings": ["\0\ud800\u00fc"], "frames": [0, -1, 0, -1], "rows": [0, 0]},
      [("\ufffd\ufffd\u00fc", "", 0)]),
     ({"first": 0, "strings": ["f"], "frames": [number for n in range(300) for number in (0, -1, n, n - 1)],
-      "rows": [0, 299]}, [("f", "", n) for n in range(299, 199, -1)])]  # the innermost of too many
-
-
-def test_a_part_at_the_limits_is_stored_and_looked_up(api):
-    for n, (page, functions) in enumerate(AT_LIMITS, 1):
-        uuid, part = f"{n:x}" * 32, {**PART, "pages": [page]}
-        assert upload(api.server, {**part, "arch": "x" * 500, "part": 3998, "parts": 4000}, f"a{n}" * 16)[0] == 201
-        assert upload(api.server, part, uuid, Content_Encoding="identity")[0] == 201
-        assert functions_at(api.server, 1 << 41, backfeedr.image_uuid(uuid)) == functions
+      "rows": [0, 299]}, [("f", "", n) for n in range(299, 199, -1)])])  # the innermost of too many
+def test_a_part_at_the_limits_is_stored_and_looked_up(api, page, functions):
+    part = {**PART, "pages": [page]}
+    assert upload(api.server, {**part, "arch": "x" * 500, "part": 3998, "parts": 4000}, OTHER_BUILD)[0] == 201
+    assert upload(api.server, part, Content_Encoding="identity")[0] == 201
+    assert functions_at(api.server, 1 << 41) == functions
 
 
 def test_a_uuid_is_accepted_in_every_usual_form(api):
@@ -2126,20 +2085,16 @@ def test_a_uuid_is_accepted_in_every_usual_form(api):
 
 def test_a_request_is_checked_by_size_token_uuid_encoding_and_json_in_this_order(serve):
     server = serve(max_body_size=1000)
-    wrong = {"part": b" " * 1001, "Authorization": None, "uuid": "x", "Content_Encoding": "br"}
-    for fixed, status, error in (
-            ("part", 413, "request body too large"), ("Authorization", 401, "missing admin token"),
-            ("uuid", 400, "invalid uuid"), ("Content_Encoding", 415, "unsupported content encoding"),
-            (None, 400, "invalid JSON")):
-        answer = upload(server, **wrong)
-        assert (answer[0], answer[1]["error"]) == (status, error)
-        wrong.update(part=b"{")
-        wrong.pop(fixed if fixed != "part" else None, None)
+    wrong = [("part", b" " * 1001), ("Authorization", None), ("uuid", "x"), ("Content_Encoding", "br")]
+    for n, expected in enumerate([(413, "request body too large"), (401, "missing admin token"), (400, "invalid uuid"),
+                                  (415, "unsupported content encoding"), (400, "invalid JSON")]):
+        status, answer = upload(server, **{"part": b"{", **dict(wrong[n:])})
+        assert (status, answer["error"]) == expected
     assert upload(server, Authorization="Bearer x")[1] == {"error": "invalid admin token"}
     assert upload(server, gzip.compress(b"[" * 100_000), Content_Encoding="gzip")[0] == 413
     assert upload(server, b"[" * 1000)[1]["error"] == "invalid JSON"
     assert symbol_rows(server)["symbols"] == []
-    assert upload(server, gzip.compress(json.dumps(PART).encode()), Content_Encoding="gzip")[0] == 201
+    assert upload(server, gzip.compress(json.dumps(PART).encode()), **ZIPPED)[0] == 201
     for method, path, allowed in (("POST", SYMBOLS, "GET"), ("GET", f"{SYMBOLS}/{HELD}", "PUT"),
                                   ("DELETE", f"{SYMBOLS}/{HELD}", "PUT")):
         status, headers, _ = call_with_headers(server, method, path, b"", **ADMIN)
@@ -2154,19 +2109,19 @@ def test_the_bytes_of_a_build_and_the_number_of_builds_are_limited(api, monkeypa
     assert [upload(api.server, part)[0] for part in (*parts[:2], parts[1])] == [201, 201, 200], "not counted twice"
 
     def assert_refused(*request):
+        before = symbol_rows(api.server)
         status, answer = upload(api.server, *request)
         assert (status, answer["error"]) == (400, "too many symbols") and f"'symbols delete {HELD}'" in answer["detail"]
+        assert symbol_rows(api.server) == before
 
-    before = symbol_rows(api.server)
     assert_refused(parts[2])
-    assert symbol_rows(api.server) == before
     clock.move(1)
     monkeypatch.setattr(backfeedr, "MAX_SYMBOL_BUILDS", 2)
     add(api.server, stack_trace=[frame_of(HELD)])
-    third = "ab" * 16
+    third = backfeedr.image_uuid("ab" * 16)
     assert upload(api.server, uuid=OTHER_BUILD)[0] == upload(api.server, uuid=third)[0] == 201
-    kept = {HELD, backfeedr.image_uuid(third)}
-    assert {row[0] for row in symbol_rows(api.server)["symbols"]} == kept, "the older one has a crash, so it stays"
+    held = {row[0] for row in symbol_rows(api.server)["symbols"]}
+    assert held == {HELD, third}, "the oldest one has a crash, so it stays"
     add(api.server, stack_trace=[frame_of(third)])
     assert_refused(PART, OTHER_BUILD)
     assert upload(api.server, uuid=third)[0] == 200 and upload(api.server, parts[1])[0] == 200
@@ -2193,16 +2148,14 @@ def missing_build(*values):
 
 def test_missing_symbols_are_listed_with_the_crashes_that_wait_for_them(api, clock, monkeypatch):
     server, third = api.server, "ABCDEF01-0000-0000-0000-000000000000"
-    test_key = server.store.create_app("Beta", is_test=True)
-    shop_key = server.store.create_app("Shop")
     add(server, 2, stack_trace=[frame_of(HELD)], app_version="1.0", build_number="1")
     clock.move(1)
     add(server, stack_trace=[frame_of(HELD)], app_version="1.1", build_number="2")
     add(server, stack_trace=[frame_of(HELD, 99)], app_version="9")
-    add(server, 5, key=shop_key, exception_type="X", app_version="3.0", stack_trace=[
+    add(server, 5, key=server.store.create_app("Shop"), exception_type="X", app_version="3.0", stack_trace=[
         {"symbol": "abort", "binary": "libc"}, {"image_uuid": OTHER_BUILD, "offset": 5},
         frame_of(third, binary="/a/Kit")])
-    add(server, 7, key=test_key, stack_trace=[frame_of(OTHER_BUILD, binary="Beta")])
+    add(server, 7, key=server.store.create_app("Beta", True), stack_trace=[frame_of(OTHER_BUILD, binary="Beta")])
     add(server, stack_trace=[{"symbol": "f", "file": "f.swift", "uuid": third, "offset": 1}])
     of_default = missing_build(HELD, "Shop", "default", "1.1", "2", 4)
     of_shop = [missing_build(*build, "Shop", "3.0", None, 5) for build in ((OTHER_BUILD, None), (third, "Kit"))]
@@ -2210,7 +2163,6 @@ def test_missing_symbols_are_listed_with_the_crashes_that_wait_for_them(api, clo
     with monkeypatch.context() as patch:
         patch.setattr(backfeedr, "MAX_MISSING_BUILDS", 2)
         assert list_symbols(server) == ([], of_shop), "those with the most crashes"
-    assert list_symbols(server, "app=default") == ([], [of_default])
     assert list_symbols(server, "app=Shop") == ([], of_shop)
     assert list_symbols(server, "app=Beta") == ([], [missing_build(OTHER_BUILD, "Beta", "Beta", None, None, 7)])
     assert call(server, **{**BEARER, "path": SYMBOLS}, query="app=x")[0] == 404
@@ -2280,7 +2232,7 @@ def test_without_retention_only_incomplete_symbols_are_deleted(keeping, later, c
     upload(server, uuid="ab" * 16)
     for _ in range(5):
         later(server, 1000 * A_DAY)
-    assert len(symbol_rows(server)["symbols"]) == 2
+    assert count(server, "symbols") == 2
 
 
 @pytest.mark.parametrize("then", ["it is deleted again", "it is sent again"])
@@ -2290,7 +2242,7 @@ def test_no_lookup_gives_a_wrong_name_while_symbols_are_deleted(api, monkeypatch
     before_steps, writing_step = [], Store.writing_step
 
     def watched_step(store):
-        before_steps.append((functions_at(api.server, 1000), len(symbol_rows(api.server)["symbol_pages"])))
+        before_steps.append((functions_at(api.server, 1000), count(api.server, "symbol_pages")))
         if len(before_steps) == 3:
             raise StorageUnavailable
         return writing_step(store)
@@ -2315,7 +2267,7 @@ def test_symbols_are_deleted_only_if_the_uuid_names_one_build(api):
             ("%%%%", "no builds have"), (HELD[:-1] + "1", "no builds have")]:
         with pytest.raises(StoreError, match=problem):
             api.server.store.delete_symbols(given)
-    assert len(symbol_rows(api.server)["symbols"]) == 2
+    assert count(api.server, "symbols") == 2
     assert api.server.store.delete_symbols(HELD.lower()[:7]) == HELD
 
 
@@ -2328,49 +2280,16 @@ def test_the_commands_list_and_delete_symbols(command, clock):
         clock.move(1)
         upload(server, BOTH_PARTS[0], "ab" * 16)
         status, out, err = command("symbols", "list")
-        held, missing = out.split("\nMissing, though crashes need them:\n\n")
         assert (status, err) == (0, "")
-        assert [line.split() for line in held.splitlines()[1:]] == [
-            ["ABABABAB-ABAB-ABAB-ABAB-ABABABABABAB", "Shop", "arm64", "4", "0.0", "MB", "not", "complete"],
-            [HELD, "Shop", "arm64", "4", "0.0", "MB", "2026-03-12"]]
-        assert [line.split() for line in missing.splitlines()] == [
-            ["UUID", "BUILD", "APP", "CRASHES"], [OTHER_BUILD, "Shop", "1.2", "(47)", "default", "2"],
-            ["11111111-1111-1111-1111-111111111111", "a", "build", "default", "1"]]
+        assert [re.sub(" +", " ", line) for line in out.splitlines()[1:]] == [
+            "ABABABAB-ABAB-ABAB-ABAB-ABABABABABAB Shop arm64 4 0.0 MB not complete",
+            f"{HELD} Shop arm64 4 0.0 MB 2026-03-12", "", "Missing, though crashes need them:", "",
+            "UUID BUILD APP CRASHES", f"{OTHER_BUILD} Shop 1.2 (47) default 2",
+            "11111111-1111-1111-1111-111111111111 a build default 1"]
         assert command("symbols", "delete", HELD[:6]) == (0, "", f"Deleted the symbols of the build {HELD}.\n")
         assert command("symbols", "delete", HELD[:6]) == (
             1, "", "backfeedr: no builds have a UUID that begins with '3F1B6A': see 'symbols list'\n")
-        assert command("symbols", "delete")[0] == 2 and len(symbol_rows(server)["symbols"]) == 1
-
-
-def change_number(mutations, request):
-    """Changes one of the whole numbers in the JSON a little."""
-    body = json.loads(request["body"])
-    parent, key = mutations.pick([(parent, key) for parent, key in places(body) if type(parent[key]) is int])
-    parent[key] += mutations.pick([-2, -1, 1, 2, 1000])
-    request["body"] = json.dumps(body).encode()
-
-
-def test_random_symbols_are_refused_or_can_be_looked_up_at_any_offset():
-    mutations, outcomes = Mutations(seed=2), Counter()
-    with closing(sqlite3.connect(":memory:")) as db:
-        db.executescript(backfeedr.SYMBOL_TABLES)
-        db.execute("insert into symbols values ('a build', '', '', 1, 1, 0, 0, 0)")
-        for _ in range(500):
-            request = {"body": json.dumps({**PART, "pages": [PAGE, LATER_PAGE]}).encode()}
-            for change in mutations.pick([[change_number], [change_number] * 2, [change_number, mutations.change_json],
-                                          [mutations.change_json] * 2, [mutations.change_bytes]]):
-                change(mutations, request) if change is change_number else change(request)
-            try:
-                part = backfeedr.parse_symbols(request["body"])
-            except Refusal as refusal:
-                outcomes[str(refusal)] += 1
-                continue
-            db.execute("delete from symbol_pages")
-            db.executemany("insert into symbol_pages values ('a build', ?, 0, ?)", part.pages)
-            symbols = backfeedr.Symbols(db)
-            outcomes.update(len(list(symbols.lookup("a build", offset))) for offset in (
-                *range(990, 1045), *(first + n for first, _ in part.pages for n in (0, 1, 9)), 0, 1 << 40, 1 << 63))
-    assert {0, 1, 3, "invalid symbols", "invalid JSON"} <= outcomes.keys(), outcomes
+        assert command("symbols", "delete")[0] == 2 and count(server, "symbols") == 1
 
 
 # -- Symbolicated frames and groups
@@ -2390,10 +2309,8 @@ def group_of_crash(api, clock, *place, **fields):
     return api.post(CRASHES, shop_crash(*place, occurred_at=time_text(clock.seconds), **fields))[1]["group_hash"]
 
 
-def test_a_request_with_many_instructions_to_look_up_is_stored_at_once_and_its_crashes_move_later(
-        api, monkeypatch):
+def test_a_request_with_many_instructions_to_look_up_is_stored_at_once_and_its_crashes_move_later(api, monkeypatch):
     upload(api.server)
-    wait_for_catch_up()
     monkeypatch.setattr(backfeedr, "REQUEST_LOOKUPS", 1)
     monkeypatch.setattr(api.server.store, "_upkeep_if_due", lambda: None)
     sent = [{**CRASH, "stack_trace": [frame_of(HELD, offset + 1) for offset in offsets]}
@@ -2407,12 +2324,8 @@ def test_a_request_with_many_instructions_to_look_up_is_stored_at_once_and_its_c
     assert groups == [api.post(CRASHES, crash)[1]["group_hash"] for crash in sent] and len(set(groups)) == 2
 
 
-def group_rows(server):
-    return sorted(sql(server.store.path, "select group_hash, first_version, place from groups"))
-
-
 def stored_groups(server):
-    return [group for group, in sql(server.store.path, "select distinct group_hash from crashes")]
+    return [group for group, in sql(server, "select distinct group_hash from crashes")]
 
 
 def test_symbols_bring_the_crashes_of_two_builds_into_one_group(api, person, clock):
@@ -2427,9 +2340,8 @@ def test_symbols_bring_the_crashes_of_two_builds_into_one_group(api, person, clo
     group = api.get(f"{CRASHES}/{NAMED}", **ADMIN)[1]
     first = group["reports"][-1]["occurred_at"]
     assert (group["count"], group["first_version"], group["first_seen"]) == (4, "1.0", first)
-    assert group_rows(api.server) == [(NAMED, "1.0", "add")] and count(api.server, "regroupings") == 0
-    assert stored_groups(api.server) == [NAMED]
-    check_database(api.server.store.path)
+    assert sql(api.server, "select group_hash, first_version, place from groups") == [(NAMED, "1.0", "add")]
+    assert count(api.server, "regroupings") == 0 and stored_groups(api.server) == [NAMED]
     for old in (UNNAMED, unnamed_next):
         status, headers, answer = call_with_headers(api.server, "GET", f"{CRASHES}/{old}", query="limit=1", **ADMIN)
         assert (status, answer) == (301, {"error": "moved", "detail": f"to {NAMED}"})
@@ -2437,22 +2349,6 @@ def test_symbols_bring_the_crashes_of_two_builds_into_one_group(api, person, clo
         page = person.web.get(f"/crashes/{old}?app=default", headers=HTML)
         assert (page.status_int, page.headers["Location"]) == (301, f"/crashes/{NAMED}?app=default")
     assert api.get(f"{CRASHES}/{'0' * 16}", **ADMIN)[0] == 404
-
-
-def test_figures_stay_the_same_when_crashes_move(api, clock):
-    for n in range(5):
-        group_of_crash(api, clock, 1000 + 4 * n, app_version=f"1.{n}", device_id_hash=f"d{n}", device_model="m")
-        clock.move(86_400)
-    paths = [*METRICS, "/api/v1/releases", "/api/v1/metrics/retention?days=9"]
-    before = [api.get(path)[1] for path in paths]
-    upload(api.server)
-    for path, old, new in zip(paths, before, [api.get(path)[1] for path in paths]):
-        if path == "/api/v1/overview":
-            counts = [sum(group["count"] for group in answer.pop("top_crashes")) for answer in (old, new)]
-            assert counts == [5, 5]
-        assert old == new, path
-    assert len(group_rows(api.server)) == 2, "one for each function"
-    check_database(api.server.store.path)
 
 
 def test_crashes_move_in_steps_that_continue_after_a_restart(serve, clock, monkeypatch):
@@ -2465,44 +2361,39 @@ def test_crashes_move_in_steps_that_continue_after_a_restart(serve, clock, monke
         clock.move(1)
     upload(server)
 
-    def counts():
-        return {"moved" if group == NAMED else "left": n for group, n in sql(
-            server.store.path, "select group_hash, count(*) from crashes group by 1")}
+    def moved_and_left():
+        moved = count(server, "crashes", f"group_hash = '{NAMED}'")
+        return moved, count(server, "crashes") - moved
 
     serve.unchecked.append(server)  # the old group keeps the first_seen of crashes that have moved
     for _ in range(3):
         with server.store.writing() as db:
             assert server.store._regroup(db)
-    assert counts() == {"moved": 3, "left": 5}
-    check_database(server.store.path, forgotten=True)
-    status, group = api.get(f"{CRASHES}/{UNNAMED}", **ADMIN)
-    assert (status, group["count"]) == (200, 5), "some of its crashes are still there"
+    assert moved_and_left() == (3, 5)
+    check_database(server, forgotten=True)
+    assert api.get(f"{CRASHES}/{UNNAMED}", **ADMIN)[1]["count"] == 5, "some of its crashes are still there"
     server.store.forget_device("d1")
-    assert counts() == {"moved": 2, "left": 3}
+    assert moved_and_left() == (2, 3)
     server.close()
     server = serve("steps.db", rate_limit=0)
-    api = Api(server)
     for left in (2, 1, 0, 0):  # a commit is followed by a step, once a second
         clock.move(2)
         for _ in range(2):
-            group_of_crash(api, clock, 1008)
-            assert counts().get("left", 0) == left
-        check_database(server.store.path, forgotten=True)
-    assert counts() == {"moved": 13} and count(server, "regroupings") == 0
+            group_of_crash(Api(server), clock, 1008)
+            assert moved_and_left()[1] == left
+        check_database(server, forgotten=True)
+    assert moved_and_left() == (13, 0) and count(server, "regroupings") == 0
 
 
-@pytest.mark.parametrize("sent", ["again", "by import"])
-def test_a_crash_sent_again_or_imported_after_its_symbols_gets_its_new_group(api, serve, sent):
-    crash, key = shop_crash(1008), {"Idempotency_Key": "k"}
+def test_a_crash_sent_again_or_imported_after_its_symbols_gets_its_new_group(api, serve):
+    crash, key, other = shop_crash(1008), {"Idempotency_Key": "k"}, serve("other.db")
     first = api.post(CRASHES, crash, **key)[1]
     exported = list(api.server.store.export(backfeedr.Crash))
-    other = api.server if sent == "again" else serve("other.db")
-    upload(other)
-    if sent == "again":
-        assert api.post(CRASHES, crash, **key) == (200, {**first, "group_hash": NAMED})
-    else:
-        other.store.import_(exported)
-    assert report(other)["group_hash"] == NAMED
+    for server in (api.server, other):
+        upload(server)
+    other.store.import_(exported)
+    assert api.post(CRASHES, crash, **key) == (200, {**first, "group_hash": NAMED})
+    assert [report(server)["group_hash"] for server in (api.server, other)] == [NAMED] * 2
 
 
 def test_crashes_in_the_group_other_do_not_move(api, monkeypatch):
@@ -2521,17 +2412,15 @@ def test_aliases_follow_their_group_and_are_deleted_with_it_or_its_app(api, cloc
     upload(api.server)
     last = report(api.server)["group_hash"]
     assert len({old, between, last}) == 3 and last == hashed("SIGABRT:add:total:add")
-    clock.move(86_400)
-    api.server.store.prune()
+    prune_after(api.server, clock, A_DAY)
     assert dict(row[1:] for row in stored(api.server, "group_aliases")["group_aliases"]) == {old: last, between: last}
-    clock.move(100 * 86_400)
-    api.server.store.prune()
+    prune_after(api.server, clock, 100 * A_DAY)
     assert not any(stored(api.server, "crashes", "groups", "group_images", "group_aliases").values())
     api.post(CRASHES, shop_crash(1008))
     api.server.store.delete_symbols(HELD)
     assert api.post(CRASHES, shop_crash(1008))[1]["group_hash"] == UNNAMED
     upload(api.server)
-    assert count(api.server, "group_aliases") == 1 and len(group_rows(api.server)) == 1
+    assert count(api.server, "group_aliases") == count(api.server, "groups") == 1
     api.server.store.delete_app("default")
     api.server.store.prune()
     assert not any(stored(api.server, "group_aliases", "regroupings", "group_images").values())
@@ -2545,7 +2434,7 @@ def test_first_seen_moves_with_the_first_crash_of_a_group_and_its_address_with_t
     old = {}
     for version, offset in (("1.0", 1008), ("1.1", 1040), ("1.2", 1040)):
         old[version] = group_of_crash(api, clock, offset, app_version=version)
-        clock.move(86_400)
+        clock.move(A_DAY)
     with api.server.store.writing() as db:  # all were in one group, and its first crash has expired
         db.execute("update crashes set group_hash = 'aaaaaaaaaaaaaaaa'")
         for table in backfeedr.PRIMARY_KEYS:
@@ -2554,7 +2443,7 @@ def test_first_seen_moves_with_the_first_crash_of_a_group_and_its_address_with_t
         db.execute("update groups set first_seen = 1, first_version = '0.9'")
         db.execute("insert into regroupings values (1, 'aaaaaaaaaaaaaaaa', 0, '')")
     api.server.store.catch_up()
-    seen = dict(row[:2] for row in sql(api.server.store.path, "select group_hash, first_version from groups"))
+    seen = dict(sql(api.server, "select group_hash, first_version from groups"))
     assert seen == {old["1.0"]: "0.9", old["1.1"]: "1.1"}
     assert sql(api.server.store.path, "select target from group_aliases") == [(old["1.2"],)]
     # As a count over the rows that are left finds it.
@@ -2567,8 +2456,8 @@ def test_uploads_during_a_catch_up_start_exactly_one_more(api, monkeypatch):
     started, may_end = [], threading.Event()
     monkeypatch.setattr(Store, "catch_up", lambda store: started.append(1) or may_end.wait(10))
     body = json.dumps(PART).encode()
-    for n in range(5):
-        assert call(api.server, "PUT", f"{SYMBOLS}/{n + 1:032x}", body, **ADMIN)[0] == 201
+    for n in range(1, 6):
+        assert call(api.server, "PUT", f"{SYMBOLS}/{n:032x}", body, **ADMIN)[0] == 201
         wait_until(lambda: started)
     wait_until(lambda: [thread.name for thread in threading.enumerate()].count("backfeedr catch-up") == 2)
     assert started == [1], "the second waits for the first; it does what that one may have missed"
@@ -2599,7 +2488,6 @@ def test_reports_show_symbolicated_frames_beside_those_that_were_sent(api, perso
     assert answer["missing_symbols"] == []
     for crash in answer["reports"]:
         assert (crash["stack_trace"], crash["raw_stack_trace"]) == ([raw[0], *symbolicated], raw)
-    assert json.loads(rows_by_name(api.server.store.path, "select stack_trace from crashes")[0]["stack_trace"]) == raw
     shown = person.get(f"/crashes/{group}")
     assert f'<li class="own" title="Shop + 1009 {HELD}"><code><bdi>add</bdi></code>' in shown.text
     assert "Cart.swift:7, Shop, inlined" in person.text(f"/crashes/{group}") and "missing" not in shown.text
@@ -2733,16 +2621,17 @@ def test_a_resolved_group_regresses_only_in_builds_that_have_the_fix(api, clock,
     ({"until": 60, "more_crashes": 2}, [(61, "a", "open")]),
     ({"more_crashes": 9, "more_devices": 1}, [(1, "a", "muted"), (1, "b", "open")])])
 def test_a_mute_ends_with_the_first_of_its_conditions(subscribed, clock, muted, crashes):
-    subscribed.post(CRASHES, {**CRASH, "device_id_hash": "a"})
+    server = subscribed.server
+    add(server, device_id_hash="a")
     until = {"until": time_text(clock.seconds + muted["until"])} if "until" in muted else {}
-    set_triage(subscribed.server, {"state": "muted", **muted, **until})
+    set_triage(server, {"state": "muted", **muted, **until})
     for seconds, device, state in crashes:
         clock.move(seconds)
-        subscribed.post(CRASHES, {**CRASH, "device_id_hash": device})
-        assert state_of(subscribed.server) == state
-    ended = ["crash.unmuted"] * (state == "open")
-    assert [kind for kind, _ in facts_of(subscribed.server)][1:] == ended
-    assert [what for what, _ in history_of(subscribed.server)] == ["muted", *["unmuted"] * len(ended)]
+        add(server, device_id_hash=device)
+        assert state_of(server) == state
+    ended = state == "open"
+    assert [kind for kind, _ in facts_of(server)][1:] == ["crash.unmuted"] * ended
+    assert [what for what, _ in history_of(server)] == ["muted"] + ["unmuted"] * ended
 
 
 def test_each_crash_of_a_commit_counts_for_a_mute_and_the_first_alone_is_a_regression(subscribed, clock):
@@ -2751,7 +2640,7 @@ def test_each_crash_of_a_commit_counts_for_a_mute_and_the_first_alone_is_a_regre
     def commit(requests, *crashes):
         return run_together(server.store, [partial(server.store.add, KEY_HASH, crashes)] * requests)
 
-    add(server, 1, **CRASH)
+    add(server)
     set_triage(server, {"state": "muted", "more_crashes": 3})
     for requests, state in ((2, "muted"), (3, "open")):
         commit(requests, crash)
@@ -2791,7 +2680,6 @@ def test_replays_imports_and_test_apps_reopen_no_group_but_a_test_app_has_new_on
     assert server.store.import_(list(other.store.export(backfeedr.Crash)))["stored"] == 1
     assert subscribed.post(CRASHES, new, **key)[0] == 200 and subscribed.post(CRASHES, new, key=test_key)[0] == 201
     assert [server.metrics.group(ABORTS, app)["state"] for app in (None, "trial")] == ["resolved"] * 2
-    assert len(facts_of(server)) == 2
     subscribed.post(CRASHES, new)
     assert state_of(server) == "open" and [kind for kind, _ in facts_of(server)][2:] == ["crash.regressed"]
 
@@ -2829,8 +2717,7 @@ def test_state_and_history_outlive_the_crashes_so_a_later_crash_can_be_a_regress
     api = Api(server)
     report_now(api, clock, "1.0 47")
     set_triage(server, {"state": "resolved", "comment": "Fixed."})
-    clock.move(60 * 86_400)
-    server.store.prune()
+    prune_after(server, clock, 60 * A_DAY)
     assert not any(stored(server, "crashes", "groups").values())
     group = api.get(f"{CRASHES}/{ABORTS}", **ADMIN)[1]
     assert (group["state"], group["count"], group["reports"], group["first_seen"]) == ("resolved", 0, [], None)
@@ -2853,8 +2740,7 @@ def test_state_and_history_outlive_the_crashes_so_a_later_crash_can_be_a_regress
     report_now(api, clock, "1.1 50")
     assert state_of(server) == "open" and [kind for kind, _ in facts_of(server)] == ["crash.regressed"]
     assert [what for what, _ in history_of(server)] == ["resolved", "commented", "commented", "regressed"]
-    clock.move(60 * 86_400)
-    server.store.prune()
+    prune_after(server, clock, 60 * A_DAY)
     report_now(api, clock, "1.1 50")
     assert [kind for kind, _ in facts_of(server)] == ["crash.new"], "as the list and the feed say"
     server.store.delete_app("default")
@@ -2894,15 +2780,13 @@ def test_a_group_spreads_to_a_number_of_devices_once_although_crashes_expire_mea
         add(server, device_id_hash=device)
         clock.move(A_DAY * 0.9)
     server.store.prune()
-    spreads = [("spread", "to 2 devices"), ("spread", "to 3 devices")]
     assert [detail["devices"] for kind, detail in facts_of(server) if kind == "crash.spread"] == [2, 3]
-    assert history_of(server) == spreads
+    assert history_of(server) == [("spread", "to 2 devices"), ("spread", "to 3 devices")]
     check_schema({"$ref": "#/components/schemas/Group"}, server.metrics.group(ABORTS))
-    clock.move(30 * A_DAY)
-    server.store.prune()
+    prune_after(server, clock, 30 * A_DAY)
     assert count(server, "group_history") == 0, "the group is gone, so its return is told"
-    add(server, device_id_hash="a")
-    add(server, device_id_hash="b")
+    for device in "ab":
+        add(server, device_id_hash=device)
     assert [kind for kind, _ in facts_of(server)] == ["crash.new", "crash.spread"]
 
 
@@ -2946,8 +2830,8 @@ def test_a_decision_needs_the_token_a_known_group_and_the_app_if_two_have_the_gr
         assert patch(server, {"state": "open"}, group, query) == (404, {"error": "not found"})
     for token in (None, "Bearer x"):
         assert patch(server, {"state": "open"}, query="app=Shop", Authorization=token)[0] == 401
-    refused = 400, {"error": "missing app", "detail": "it is a group of Shop, default"}
-    assert patch(server, {"state": "resolved"}) == refused
+    assert patch(server, {"state": "resolved"}) == (
+        400, {"error": "missing app", "detail": "it is a group of Shop, default"})
     assert not any(stored(server, "triage", "group_history").values())
     assert patch(server, {"state": "resolved"}, query="app=Shop")[1]["state"] == "resolved"
     assert [server.metrics.group(ABORTS, app)["state"] for app in ("Shop", "default")] == ["resolved", "open"]
@@ -2980,28 +2864,18 @@ def test_each_decision_is_in_the_history_and_can_be_changed_in_part(api, clock):
         assert sql(server, "select until, crashes_left, devices_left from triage") == [mute]
 
 
-def test_history_is_bounded_and_loses_its_oldest_entries(api, monkeypatch):
-    monkeypatch.setattr(backfeedr, "MAX_HISTORY", 3)
-    add(api.server, **CRASH)
-    set_triage(api.server, {"comment": "x" * 6000})
-    assert history_of(api.server) == [("commented", "x" * 5000)]
-    for n in range(5):
-        set_triage(api.server, {"comment": str(n)})
-    assert [detail for _, detail in history_of(api.server)] == ["2", "3", "4"]
-
-
-def test_the_latest_entries_of_two_histories_are_kept_when_their_groups_become_one(api, clock, monkeypatch):
+def test_a_history_keeps_its_latest_entries_also_when_two_groups_become_one(api, monkeypatch):
     monkeypatch.setattr(backfeedr, "MAX_HISTORY", 4)
-    add(api.server, **CRASH)
-    kept, gone = report(api.server)["group_hash"], "0" * 16
+    add(api.server)
+    gone = "0" * 16
     with api.server.store.writing() as db:
-        for n, group in enumerate([gone, kept, gone, kept, kept, gone]):
+        for n, group in enumerate([gone, ABORTS, gone, ABORTS, ABORTS, gone]):
             backfeedr.decide(db, 1, group, {"comment": str(n)}, backfeedr.MINUTE * n)
-        backfeedr.rename_group(db, 1, gone, kept)
-    assert [detail for _, detail in history_of(api.server, kept)] == ["2", "3", "4", "5"]
-    set_triage(api.server, {"comment": "new"}, kept)
-    assert [detail for _, detail in history_of(api.server, kept)] == ["3", "4", "5", "new"]
-    assert sql(api.server, "select count(*) from group_history") == [(4,)]
+        backfeedr.rename_group(db, 1, gone, ABORTS)
+    assert [detail for _, detail in history_of(api.server)] == ["2", "3", "4", "5"]
+    set_triage(api.server, {"comment": "x" * 6000})
+    assert [detail for _, detail in history_of(api.server)] == ["3", "4", "5", "x" * 5000]
+    assert count(api.server, "group_history") == 4
 
 
 @pytest.mark.parametrize("of_target, of_group, state", [  # what is decided, the last one first or last; the outcome
@@ -3009,17 +2883,16 @@ def test_the_latest_entries_of_two_histories_are_kept_when_their_groups_become_o
     ({"state": "resolved"}, {"state": "muted"}, "resolved"), ({"state": "resolved"}, {"comment": "x"}, "resolved")])
 def test_a_comment_does_not_replace_a_decision_when_two_groups_become_one(api, of_target, of_group, state):
     add(api.server)
-    target, group = ABORTS, "0" * 16
+    group = "0" * 16
     with api.server.store.writing() as db:
-        backfeedr.decide(db, 1, target, of_target, 1)
+        backfeedr.decide(db, 1, ABORTS, of_target, 1)
         backfeedr.decide(db, 1, group, of_group, 2)
-        backfeedr.rename_group(db, 1, group, target)
-    assert sql(api.server, "select group_hash, state from triage") == [(target, state)]
-    with api.server.store.writing() as db:  # a comment that comes later is no decision, either; but to reopen is one
+        backfeedr.rename_group(db, 1, group, ABORTS)
+        assert db.execute("select group_hash, state from triage").fetchall() == [(ABORTS, state)]
         backfeedr.decide(db, 1, group, {"state": "muted"}, 3)
-        backfeedr.decide(db, 1, target, {"state": "open"}, 4)
-        backfeedr.rename_group(db, 1, group, target)
-    assert state_of(api.server, target) == "open"
+        backfeedr.decide(db, 1, ABORTS, {"state": "open"}, 4)  # unlike a comment, this is a decision
+        backfeedr.rename_group(db, 1, group, ABORTS)
+    assert state_of(api.server) == "open"
 
 
 def test_groups_are_listed_by_state(api, person, clock):
@@ -3028,7 +2901,7 @@ def test_groups_are_listed_by_state(api, person, clock):
         report_now(api, clock, exception_type=exception_type)
     for exception_type, state in (("muted", "muted"), ("resolved", "resolved"), ("again", "resolved")):
         set_triage(api.server, {"state": state}, group_hash(exception_type, []))
-    clock.move(8 * 86_400)
+    clock.move(8 * A_DAY)
     for exception_type in types[-2:]:
         report_now(api, clock, exception_type=exception_type)
     person.sign_in()
@@ -3086,7 +2959,6 @@ def test_a_crash_that_symbols_move_to_a_resolved_group_may_regress_it(subscribed
     assert subscribed.post(CRASHES, new)[0] == 201
     assert state_of(subscribed.server, NAMED) == "resolved", "the symbols are not there yet"
     upload(subscribed.server, NEXT_PART, OTHER_BUILD)
-    wait_for_catch_up()
     assert state_of(subscribed.server, NAMED) == "open" and history_of(subscribed.server, NAMED)[-1][0] == "regressed"
     assert facts_of(subscribed.server)[-1][0] == "crash.regressed", "a move is no spread"
 
@@ -3146,29 +3018,25 @@ def test_a_group_is_triaged_on_its_page(api, person, clock):
     assert stored(api.server, "triage", "group_history") == before
 
 
-@pytest.mark.parametrize("target_state", [None, "muted"])  # of the group that the crashes move to
-def test_state_and_history_move_with_the_crashes(api, clock, target_state):
+def test_state_and_history_move_with_the_crashes(api, clock):
     group_of_crash(api, clock, 1008)
     set_triage(api.server, {"state": "resolved", "fixed_in": "1.0", "comment": "old"}, UNNAMED)
-    if target_state:
-        upload(api.server)
-        wait_for_catch_up()
-        assert patch(api.server, {"state": target_state}, UNNAMED)[0] == 301
-        assert set_triage(api.server, {"state": target_state}, NAMED)["state"] == target_state
-        api.server.store.delete_symbols(HELD)
-        group_of_crash(api, clock, 1008)
-        clock.move(1)
-        set_triage(api.server, {"comment": "between"}, UNNAMED)
     upload(api.server)
-    wait_for_catch_up()
     group = api.server.metrics.group(NAMED)
-    assert (group["state"], group["fixed_in"]) == ((target_state, None) if target_state else ("resolved", "1.0"))
-    details = [entry["detail"] for entry in group["history"]]
-    assert details == ["in 1.0", "old", *[None, "between"] * bool(target_state)]
+    assert (group["state"], group["fixed_in"]) == ("resolved", "1.0")
+    assert [entry["detail"] for entry in group["history"]] == ["in 1.0", "old"]
     assert sql(api.server, "select group_hash from triage") == [(NAMED,)]
-    assert patch(api.server, {"state": "open"}, UNNAMED) == (301, {"error": "moved", "detail": f"to {NAMED}"})
-    status, headers, _ = call_with_headers(api.server, "PATCH", f"{CRASHES}/{UNNAMED}", b'{"state": "open"}', **ADMIN)
+    status, headers, answer = call_with_headers(
+        api.server, "PATCH", f"{CRASHES}/{UNNAMED}", b'{"state": "open"}', **ADMIN)
+    assert (status, answer) == (301, {"error": "moved", "detail": f"to {NAMED}"})
     assert headers["Location"] == f"{CRASHES}/{NAMED}"
+    api.server.store.delete_symbols(HELD)
+    group_of_crash(api, clock, 1008)
+    clock.move(1)
+    set_triage(api.server, {"comment": "between"}, UNNAMED)  # it is a group again
+    upload(api.server)
+    assert [detail for _, detail in history_of(api.server, NAMED)] == ["in 1.0", "old", "between"]
+    assert state_of(api.server, NAMED) == "resolved"
 
 
 # == Store =====================================================================
@@ -3206,6 +3074,12 @@ def one_day(keeping):
     server = keeping(1)
     yield server
     assert POSTGRES or backfeedr._check_roll_ups(server.store.path)
+
+
+def prune_after(server, clock, seconds):
+    """Lets time pass, then deletes what has expired. Returns how many rows of each kind."""
+    clock.move(seconds)
+    return server.store.prune()
 
 
 @pytest.fixture
@@ -3419,9 +3293,7 @@ def test_a_client_may_send_anything_as_truncated_and_its_crashes_still_regroup_a
 def test_retention_of_zero_keeps_all_reports(serve, clock):
     server = serve(retention_days=0)
     add(server)
-    clock.move(10_000 * A_DAY)
-    assert server.store.prune() == {"sums": 4}  # one day each of group and key, two of new names
-    assert count(server, "crashes") == 1
+    assert prune_after(server, clock, 10_000 * A_DAY) == {"sums": 4}  # one day of group and key, two of new names
     add(server)
     assert count(server, "crashes") == 2
 
@@ -3430,20 +3302,18 @@ def test_pruning_deletes_expired_rows_and_returns_their_space(one_day, clock):
     def size():
         return one_day.store.size if POSTGRES else sql(one_day, "pragma page_count")[0][0]
 
-    text = os.urandom(1500).hex()  # text that PostgreSQL cannot compress
-    for times, fields in ((1000, {"type": "custom", "properties": {"text": text}}), (50, {})):
-        add(one_day, times, **fields)
+    text = os.urandom(1500).hex()  # PostgreSQL cannot compress it
+    add(one_day, 1000, type="custom", properties={"text": text})
+    add(one_day, 50)
     full = size()
-    clock.move(A_DAY + 1)
-    assert one_day.store.prune() == {"events": 1000, "crashes": 50, "sums": 2}, "sums: the new names of a day"
+    assert prune_after(one_day, clock, A_DAY + 1) == {"events": 1000, "crashes": 50, "sums": 2}, "new names of a day"
     assert not any(stored(one_day, "events", "crashes", "devices", "labels").values())
     assert count(one_day, "groups") == 1
-    assert POSTGRES or sql(one_day, "pragma freelist_count") == [(0,)]
     if POSTGRES:  # vacuum keeps rows that transactions of other tests may still see
         wait_until(lambda: one_day.store.prune() == {} and size() < full / 2)
     else:
-        assert size() < full / 10
-    assert POSTGRES or one_day.store.size < full * 4096 / 10
+        assert sql(one_day, "pragma freelist_count") == [(0,)]
+        assert size() < full / 10 and one_day.store.size < full * 4096 / 10
     assert one_day.store.prune() == {}
 
 
@@ -3473,17 +3343,14 @@ def test_rows_of_a_device_and_of_a_session_expire_with_its_last_report(one_day, 
     assert Api(one_day).get("/api/v1/metrics/active-devices?days=2")[1]["mau"] == [3, 3]  # sums outlive their reports
 
 
-@pytest.mark.parametrize("steps, tops, last, left", [
+@pytest.mark.parametrize("steps, tops, last, left", [  # an exception type is that of a crash, "" an event
     ([(0, "A"), (3 * A_DAY, "B")], [1, 1], (5 * A_DAY, "B"), {"B"}),
-    ([(1800, "A"), (2 * A_DAY, None), (-1, None)], [1], (8 * A_DAY, None), set())], ids=["a week", "a clock set back"])
+    ([(1800, "A"), (2 * A_DAY, ""), (-1, "")], [1], (8 * A_DAY, ""), set())], ids=["a week", "a clock set back"])
 def test_a_group_is_deleted_when_its_crashes_have_expired_and_its_week_is_over(one_day, later, steps, tops, last, left):
-    def step(seconds, kind):
+    for seconds, kind in [*steps, last]:
+        before = Api(one_day).get("/api/v1/overview")[1]["top_crashes"]
         later(one_day, seconds, **({"exception_type": kind, "exception_reason": f"reason {kind}"} if kind else {}))
-
-    for seconds, kind in steps:
-        step(seconds, kind)
-    assert [top["count"] for top in Api(one_day).get("/api/v1/overview")[1]["top_crashes"]] == tops
-    step(*last)
+    assert [top["count"] for top in before] == tops
     assert {row[2] for row in stored(one_day, "groups")["groups"]} == left
     assert count(one_day, "group_days") == 2 * len(left), "B has crashed on two days"
     assert "reason A" not in str(stored(one_day))
@@ -3516,10 +3383,9 @@ def test_releases_beyond_the_limits_of_a_day_and_of_an_app_count_as_other_which_
     monkeypatch.setitem(backfeedr.MAX_NEW_NAMES, "app_version", 1)
     monkeypatch.setattr(backfeedr, "MAX_NAMES", 5)
     server = keeping(0)
-    for version, sessions in (("1.0", 1), ("2.0", 3)):
-        later(server, 1, times=sessions, type="session_start", app_version=version)
-    assert sql(server, "select app_version, sessions from release_sums order by sessions") == [
-        ("1.0", 1), ("(other)", 3)]
+    later(server, 1, type="session_start", app_version="1.0")
+    later(server, 1, times=3, type="session_start", app_version="2.0")
+    assert set(sql(server, "select app_version, sessions from release_sums")) == {("1.0", 1), ("(other)", 3)}
     assert [release["app_version"] for release in server.metrics.current_releases()] == ["1.0"]
     for n in range(1, 8):
         later(server, A_DAY, exception_type="SIGABRT", app_version=f"1.{n}")
@@ -3549,14 +3415,12 @@ def test_a_device_of_two_apps_expires_in_each_with_its_last_report_there(keeping
     add(server, type="custom", device_id_hash="d")
     for days in (50, 45):
         later(server, days * A_DAY, **event)
-    assert count(server, "devices") == 1 and count(server, "events") == 2
-    assert server.store.forget_device("d") == {"events": 2, "devices": 1}
+    assert server.store.forget_device("d") == {"events": 2, "devices": 1}, "the first one has expired"
     for name in ("active-devices", "retention"):
         figures = Api(server).get(f"/api/v1/metrics/{name}?days=365&app=Shop")[1]
         assert not any(any(figures[column]) for column in figures.keys() - {"labels"}), name
     add(server, **event)
-    clock.move(91 * A_DAY)
-    server.store.prune()
+    prune_after(server, clock, 91 * A_DAY)
     assert count(server, "devices") == 0
 
 
@@ -3572,8 +3436,7 @@ def test_after_a_clock_was_years_ahead_figures_recover_ids_stay_unique_and_repor
     assert api.get("/api/v1/overview")[1]["top_crashes"][0]["count"] == 3, "without the crash of a future day"
     assert api.get("/api/v1/metrics/active-devices?days=1")[1]["mau"] == [2]
     for days, left in ((0, 4), (3, 1), (88, 1)):
-        clock.move(days * A_DAY)
-        server.store.prune()
+        prune_after(server, clock, days * A_DAY)
         assert (api.get("/api/v1/health")[0], count(server, "crashes"), count(server, "events")) == (200, left, left)
 
 
@@ -3582,8 +3445,7 @@ def test_check_knows_that_old_sums_were_deleted_while_a_clock_was_ahead(keeping,
     server = keeping(0)
     add(server, type="custom")
     for days in (100, -100):
-        clock.move(days * A_DAY)
-        server.store.prune()
+        prune_after(server, clock, days * A_DAY)
         assert backfeedr._check_roll_ups(server.store.path)
 
 
@@ -3637,22 +3499,21 @@ def fill(server, clock, seed, reports):
 @pytest.mark.parametrize("seed", range(2))
 def test_a_forgotten_device_is_in_no_row_and_no_sum_until_it_returns(keeping, clock, seed):
     server = keeping()
-    path = server.store.path
     fill(server, clock, seed, 90)
     server.store.prune()  # so that the windows end today, whatever is forgotten
-    check_database(path)
+    check_database(server)
     deleted = server.store.forget_device("d2")
     assert deleted["crashes"] and deleted["events"] and deleted["devices"]
-    check_database(path, forgotten=True)
+    check_database(server, forgotten=True)
     assert not any(count(server, table, "device_id_hash = 'd2'") for table in ("crashes", "events"))
     assert not any(count(server, table, f"device = {backfeedr.device_key('d2')}") for table in ENTITIES)
     assert server.store.forget_device("d2") == {}
     fill(server, clock, seed + 100, 30)
-    check_database(path, forgotten=True)
+    check_database(server, forgotten=True)
     server.store.retention_days = 5
     fill(server, clock, seed + 200, 50)
     server.store.prune()
-    assert count(server, "crashes") > 0 and (POSTGRES or backfeedr._check_roll_ups(path))
+    assert count(server, "crashes") > 0 and (POSTGRES or backfeedr._check_roll_ups(server.store.path))
 
 
 def test_a_device_whose_forgetting_was_interrupted_is_in_no_figure_of_devices_and_its_reports_expire(keeping, clock):
@@ -3663,8 +3524,7 @@ def test_a_device_whose_forgetting_was_interrupted_is_in_no_figure_of_devices_an
         server.store.forget_device("d")
     assert count(server, "crashes") == 3 and not any(count(server, table) for table in (
         "devices", "device_days", "device_versions", "active_days", "cohorts", "device_hours"))
-    clock.move(31 * A_DAY)
-    server.store.prune()
+    prune_after(server, clock, 31 * A_DAY)
     assert count(server, "crashes") == 0 and (POSTGRES or backfeedr._check_roll_ups(server.store.path))
 
 
@@ -3732,10 +3592,9 @@ def test_figures_agree_when_the_only_report_of_the_day_is_forgotten_during_the_d
 
 def test_a_report_dated_too_long_ago_counts_no_device_and_neither_does_its_import(serve, clock):
     server, copy = serve(retention_days=0), serve("copy.db", retention_days=0)
-    long_ago = time_text(clock.seconds - 400 * 86_400)
-    add(server, device_id_hash="d")
-    clock.move(86_400)
-    add(server, device_id_hash="d", occurred_at=long_ago)
+    for seconds in (clock.seconds, clock.seconds - 400 * A_DAY):
+        add(server, device_id_hash="d", occurred_at=time_text(seconds))
+        clock.move(A_DAY)
     copy.store.import_(list(server.store.export(backfeedr.Crash)))
     assert count(copy, "crashes") == 2 and count(server, "device_days") == count(copy, "device_days") == 1
 
@@ -3782,17 +3641,16 @@ def rows_of_apps(server):
 def test_a_deleted_app_disappears_at_once_and_pruning_deletes_its_rows(server, clock):
     api, store = Api(server), server.store
     fill(server, clock, 7, 60)
-    names = dict(sql(store.path, "select name, id from apps"))
-    keys = {name: store.create_key(name) for name in names}
 
     def seen():
         return answers(server), server.metrics.device("d1"), server.metrics.symbols()
 
-    for name, app_id in names.items():
-        assert api.post(CRASHES, {**CRASH, "device_id_hash": "d1"}, key=keys[name], Idempotency_Key="a")[0] == 201
+    for name, app_id in sql(server, "select name, id from apps"):
+        key = store.create_key(name)
+        assert api.post(CRASHES, {**CRASH, "device_id_hash": "d1"}, key=key, Idempotency_Key="a")[0] == 201
         before = rows_of_apps(server)
         store.delete_app(name)
-        assert api.post(CRASHES, CRASH, key=keys[name]) == (401, {"error": "invalid API key"})
+        assert api.post(CRASHES, CRASH, key=key) == (401, {"error": "invalid API key"})
         assert name not in [app.name for app in store.apps()] and api.get(f"/api/v1/overview?app={name}")[0] == 404
         with pytest.raises(StoreError):
             store.delete_app(name)
@@ -3867,8 +3725,7 @@ def windows_filled(keeping, clock):
 def test_each_window_is_kept_for_its_days_and_trimmed_on_the_next(windows_filled, clock):
     rows = {**dict.fromkeys(WINDOWS, 10), "new_names": 4}
     for day, moved in (0, 0), (1, 1), (2, 1), (3, 1), (7, 4), (8, 1), (90, 82), (91, 1), (400, 309), (401, 1):
-        clock.move(moved * A_DAY)
-        windows_filled.store.prune()
+        prune_after(windows_filled, clock, moved * A_DAY)
         if day == 2:
             rows["device_hours"] = 1  # the only ones that are deleted hour by hour
         assert {table: count(windows_filled, table) for table in WINDOWS} \
@@ -3884,8 +3741,7 @@ def test_windows_are_trimmed_in_bounded_steps_and_rows_not_yet_trimmed_do_not_co
         assert (top["exception_type"], top["count"]) == ("T1", crashes)
         # The new crash adds a day of its group, and two new names where there were three.
         assert {table: count(windows_filled, table) for table in WINDOWS} == {
-            "new_names": int(crashes == 1), "device_hours": left, "group_days": left + 1, "release_days": left,
-            "durations": left, "event_names": left}
+            **dict.fromkeys(WINDOWS, left), "group_days": left + 1, "new_names": int(crashes == 1)}
 
 
 def test_reports_with_made_up_times_leave_only_lasting_sums_behind(one_day, clock):
@@ -3898,8 +3754,7 @@ def test_reports_with_made_up_times_leave_only_lasting_sums_behind(one_day, cloc
     for table, days in {**WINDOWS, "device_days": 400}.items():
         column, newest, kept = ("hour", now // HOUR, 48) if table == "device_hours" else ("day", now // DAY, days)
         assert count(one_day, table) and not count(one_day, table, f"{column} not between {newest - kept} and {newest}")
-    clock.move(402 * A_DAY)
-    one_day.store.prune()
+    prune_after(one_day, clock, 402 * A_DAY)
     assert {table for table in REPORT_TABLES if count(one_day, table)} \
         == {"crash_days", "session_days", "active_days", "cohorts", "release_sums", "release_hours", "builds"}
 
@@ -3976,8 +3831,7 @@ def test_crashes_and_events_share_the_limit_of_releases(api, server):
     for parse, body in ((parse_crash, CRASH), (parse_event, {**EVENT, "type": "session_start"})):
         server.store.add(KEY_HASH, [parse({**body, "app_version": f"{body.get('type')} {n}"}) for n in range(60)])
     assert count(server, "releases") == 101
-    sums = {version: rest for version, *rest in sql(
-        server.store.path, "select app_version, crashes, sessions from release_sums")}
+    sums = {version: rest for version, *rest in sql(server, "select app_version, crashes, sessions from release_sums")}
     assert list(map(sum, zip(*sums.values()))) == [60, 60] and sums["(other)"] == [0, 21]
 
 
@@ -3994,7 +3848,6 @@ def test_each_report_of_an_import_counts_on_its_own_day(server, reports, counted
             backfeedr.seq_at(received) + n, "default", False, received, ahead * DAY, report))
     server.store.import_(stored_reports)
     assert sql(server, f"select day - {today - 30} from {table} order by day") == [(day,) for day in counted_days]
-    check_database(server)
 
 
 def test_other_is_shown_like_any_name_with_its_reports_until_they_are_forgotten_or_expire(one_day, later, monkeypatch):
@@ -4011,8 +3864,8 @@ def test_other_is_shown_like_any_name_with_its_reports_until_they_are_forgotten_
     def public_answers():
         return {path.rpartition("/")[2]: api.get(path)[1] for path in METRICS}
 
-    add(one_day, exception_type="A", device_model="m", app_version="1.0")
-    add(one_day, exception_type="B0", device_model="m0", app_version="2.0")
+    for kind, model, version in (("A", "m", "1.0"), ("B0", "m0", "2.0")):
+        add(one_day, exception_type=kind, device_model=model, app_version=version)
     before = public_answers()
     add_two_of_a_device()
     check_database(one_day)
@@ -4027,12 +3880,11 @@ def test_other_is_shown_like_any_name_with_its_reports_until_they_are_forgotten_
     assert api.get(CRASHES, **ADMIN)[1]["groups"][0] \
         == {**other, "place": "", "is_new": True, "devices": 1, "versions": ["2.0", "2.1", "2.2"],
             "first_seen": NOW, "last_seen": NOW, **UNDECIDED}
-    status, group = api.get("/api/v1/crashes/(other)", **ADMIN)
-    assert (status, {name: group[name] for name in other}) == (200, other)
+    group = api.get("/api/v1/crashes/(other)", **ADMIN)[1]
+    assert {name: group[name] for name in other} == other
     assert [(each["exception_type"], each["device_model"]) for each in group["reports"]] \
         == [("B2", "m2"), ("B1", "m1"), ("B0", "m0")]
-    person = Person(api.server)
-    person.sign_in()
+    person = Person(api.server).signed_in()
     assert "/crashes/(other)" in html.unescape(person.get("/crashes").text)
     assert "reason 1" in person.get("/crashes/(other)").click("Older crash")
     one_day.store.forget_device("d")
@@ -4060,17 +3912,15 @@ def test_two_starts_of_a_session_at_once_count_alike_in_whatever_order_they_are_
 def test_releases_without_reports_make_room_for_new_ones_when_there_are_as_many_as_may_be(keeping, clock, monkeypatch):
     monkeypatch.setattr(backfeedr, "MAX_NAMES", 5)
     server = keeping(30)
-    for n in range(4):
-        add(server, app_version=f"1.{n}", device_id_hash="d")
-    clock.move(31 * A_DAY)
-    server.store.prune()
+    old = {"1.0", "1.1", "1.2", "1.3"}
+    for version in old:
+        add(server, app_version=version, device_id_hash="d")
+    prune_after(server, clock, 31 * A_DAY)
     assert count(server, "builds") == count(server, "release_sums") == 4, "there is room"
     for version in ("2.0", "2.1", "2.0"):
         add(server, app_version=version, device_id_hash="d")
-    assert {name for name, in sql(server, "select app_version from releases")} == {
-        *(f"1.{n}" for n in range(4)), "2.0", "(other)"}
-    clock.move(A_DAY)
-    server.store.prune()
+    assert {name for name, in sql(server, "select app_version from releases")} == {*old, "2.0", "(other)"}
+    prune_after(server, clock, A_DAY)
     add(server, app_version="2.1", device_id_hash="d")
     for table in ("releases", "release_sums", "release_hours"):
         names = {name for name, in sql(server, f"select app_version from {table}")} - {"(other)"}
