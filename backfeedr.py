@@ -678,7 +678,8 @@ _ABORTING = re.compile(
     r"|objc_terminate|cxa_throw|cxa_rethrow|demangling_terminate_handler|assertionFailure|fatalErrorMessage"
     r"|preconditionFailure)\b.*|_?swift_.*|Swift\._?(?:assertionFailure|fatalErrorMessage|preconditionFailure)\b.*"
     r"|Swift runtime failure: .*|[-+]\[NSException .*|std::(?:__)?terminate.*|\w*TerminateHandler\b.*"
-    r"|std::(?:sys|panicking|process)::.*|core::panicking::.*|_*rust_.*|_RNv\w*rust_begin_unwind"  # Rust
+    r"|std::(?:sys|panicking|process)::.*|core::(?:panicking::|\w+::(?:unwrap|expect)_failed).*"  # Rust
+    r"|__rust_.*|rust_(?:panic|begin_unwind).*|_RNv\w*rust_begin_unwind"
     r"|konan::abort.*|.*(?:terminateWith|process)UnhandledException.*"  # Kotlin
     r"|xamarin_.*|native_to_managed_.*"  # .NET
     r"|il2cpp::vm::Exception::.*|il2cpp_codegen_raise_.*|NullCheck\b.*"  # Unity
@@ -1314,7 +1315,8 @@ def _heaviest_path(frames: Any) -> deque[JsonObject]:
 def _metrickit_diagnostics(payload: JsonObject) -> Iterator[Diagnostic]:
     if {"callStackTree", "diagnosticMetaData"} <= payload.keys():  # one diagnostic, without its payload
         meta = _member(payload, "diagnosticMetaData", dict)
-        payload = {next((kind for name, kind in DURATIONS.items() if name in meta), "crashDiagnostic"): payload}
+        kind = next((kind for name, kind in DURATIONS.items() if name in meta), "crashDiagnostic")
+        payload = {**payload, kind: payload}
     kinds = [name for name in payload if re.search(r"\wDiagnostics?\Z", name)]
     if not kinds and not payload.keys() & {"timeStampBegin", "timeStampEnd", "timeRange"}:
         hint = "; POST a crash of our own form to /api/v1/crashes" if "exception_type" in payload else ""
@@ -1481,7 +1483,7 @@ def _crash_text_as_ips(text: str) -> JsonObject:
     # These wrote the build first.
     if re.match(r"(?:iPhone OS|iOS) ([0-9]|1[0-4])\b|Watch OS [1-7]\b", header["OS Version"]):
         version, build = build, version
-    below = re.search(r"^(?:Termination Reason|Dyld Error Message):.*\n[ \t]*(?!Term|Trig|Thread|Exception)(\S.*)",
+    below = re.search(r"^(?:Termination Reason|Dyld Error Message):.*\n[ \t]*(?!Term|Trig|High|Thread|Exception)(\S.*)",
                       text, re.M)
     return {
         "exception": {"type": types and types[1], "signal": types and types[2], "codes": header["Exception Codes"],
@@ -1532,7 +1534,8 @@ def _crash_text_stack(text: str) -> JsonObject:
 
 BUG_TYPES = {"109": "a crash", "309": "a crash", "202": "CPU use", "206": "CPU use", "222": "a hang", "223": "a hang",
              "228": "a hang", "328": "a hang", "298": "a jetsam report on all apps"}
-_LIKELY_APPLE = re.compile(rb'"(?:bug_type|usedImages|timeStampBegin)"|Diagnostics?"|^Exception Type:', re.M)
+_LIKELY_APPLE = re.compile(
+    rb'"(?:bug_type|usedImages|timeStampBegin|diagnosticMetaData)"|Diagnostics?"|^Exception Type:', re.M)
 # A person's name or the folder of an installation, in a path. JSON may escape its slashes. The name is not just
 # (?:...|...)+, because `re` would take 190 bytes for each character.
 _PRIVATE = re.compile(r"/(?:((?:Users|home)\\?/)(?=[^\s\\/\"']|\\u[0-9A-Fa-f]{4})"
@@ -3630,7 +3633,8 @@ class Database(Closing):
         self._open(path, may_create)
 
     def _open(self, path: str, may_create: bool) -> None:
-        self.path = Path(path).resolve()  # as SQLite does: its WAL is beside the file, and not beside a link
+        self._given_path = os.path.abspath(path)
+        self.path = Path(os.path.realpath(path))  # if it is a link, SQLite puts the WAL beside the file
         _prepare_file(self.path, may_create)
         self._file_status = os.stat(self.path)
 
@@ -3662,7 +3666,7 @@ class Database(Closing):
         if self._closed:
             raise sqlite3.ProgrammingError("the store is closed")
         with suppress(OSError):
-            if os.path.samestat(os.stat(self.path), self._file_status):
+            if os.path.samestat(os.stat(self._given_path), self._file_status):
                 return
         raise sqlite3.OperationalError(f"{self.path} was moved or replaced since the start")
 
@@ -4628,8 +4632,13 @@ class SymbolStore(Deletion):
         rollups.figures[Groups].count(Crash, before, -1)
         rollups.save()
         self._note_windows(db)
+        targets, columns = [target for target, _ in moves.values()], ", ".join(Decision._fields)
+        for target in {*targets} - {group}:  # the group may split, and the last target gets the row itself
+            db.execute(f"""
+                insert into triage (app_id, group_hash, {columns})
+                select app_id, ?, {columns} from triage where app_id = ? and group_hash = ?
+                on conflict (app_id, group_hash) do nothing""", (target, app_id, group))
         update_triage(db, self.now, rollups, [crash for crash in after if crash.group_hash != group], are_moved=True)
-        targets = [target for target, _ in moves.values()]
         if first:
             first_seen, first_version, came_at = first
             db.execute("""
@@ -4645,8 +4654,8 @@ def _group_and_images(symbols: Symbols, group: str, exception_type: str, trace: 
     """The group that a stored crash belongs to now, and its images."""
     frames = json.loads(trace or "[]")
     images = builds_to_symbolicate(map(read_frame, frames))
-    if is_cut and not symbols.can_name(images):
-        return group, images
+    if not symbols.can_name(images):  # as Commit.regrouped() does it: trusted names stay as they are
+        return group if is_cut else group_hash(exception_type, map(read_frame, frames)), images
     return symbols.group_of(frames, exception_type, group, is_cut), images
 
 
@@ -7413,8 +7422,10 @@ class Backfeedr(Closing):
         return _STATUS_LINES[status], _with_length(headers, body), body
 
     def deliver(self) -> Counter[str]:
-        """Sends the alerts that are due; returns how many were `sent` and how many `failed`. `serve` does this by
-        itself. Under another server, call it every minute, on one host or on several."""
+        """Does the upkeep that commits have left, and sends the alerts that are due; returns how many were `sent` and
+        how many `failed`. `serve` does this by itself. Under another server, call it every minute, on one host or on
+        several."""
+        self.store.catch_up()
         return self.alerts.deliver()
 
     def close(self) -> None:
@@ -7942,8 +7953,10 @@ def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> Non
     try:
         with listener, make(settings, announce=announcements.append) as app, app.alerts.running():
             _run_server(app, settings, listener, announcements)
-    except BaseException:  # a full disk, too few threads: the secrets of a first start cannot be shown again
+    except BaseException as error:  # a full disk, too few threads: secrets of a first start cannot be shown again
         print("".join(announcements), end="", file=sys.stderr)
+        if "start new thread" in str(error):
+            raise OSError(error) from None
         raise
 
 
@@ -8062,8 +8075,12 @@ def backup(store: Store, path: Path) -> None:
             with open(os.open(unfinished, os.O_CREAT | os.O_RDWR, 0o600)) as file:
                 db.execute("vacuum into ?", (unfinished,))
                 os.fsync(file.fileno())
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))  # fails if another file has taken the name meanwhile
-            os.replace(unfinished, path)  # os.link would do both, but exFAT has no links
+            try:
+                os.link(unfinished, path)  # fails if another file has taken the name meanwhile
+            except OSError as error:
+                if isinstance(error, FileExistsError):
+                    raise
+                os.replace(unfinished, path)  # exFAT has no links
     except (OSError, sqlite3.Error) as error:
         raise StoreError(f"cannot write the backup {path}: {getattr(error, 'strerror', error)}") from None
 
@@ -8421,7 +8438,8 @@ def _report_counts(rows: Counter[str]) -> str:
 
 
 def _run_checks(overrides: dict[str, Any]) -> int:
-    path = Path(overrides.get("db_path") or os.environ.get("BACKFEEDR_DB_PATH") or Settings.db_path).resolve()
+    given_path = overrides.get("db_path") or os.environ.get("BACKFEEDR_DB_PATH") or Settings.db_path
+    path = Path(os.path.realpath(given_path))
     checks: dict[str, Callable[[Path], str]] = {  # each returns what it found, or raises an error
         "settings": lambda _: f"{len(fields(Settings.from_env(**overrides)))}, all good",
         "SQLite": lambda _: check_sqlite(), "file": _check_file, "schema": _check_schema, "pages": _check_pages,
@@ -8468,8 +8486,7 @@ def main(argv: Sequence[str] | None = None, make: Callable[..., Backfeedr] = Bac
         except BrokenPipeError:  # nobody reads the output any more, nor what Python flushes when it exits
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 1
-        except (KeyboardInterrupt, SettingsError, StoreError, Refusal, OSError, RuntimeError, UnicodeError,
-                ImportError) as error:  # RuntimeError: Python cannot start a thread
+        except (KeyboardInterrupt, SettingsError, StoreError, Refusal, OSError, UnicodeError, ImportError) as error:
             problem = "interrupted" if isinstance(error, KeyboardInterrupt) else error
             print(f"backfeedr: {problem}", file=sys.stderr)
             return 1

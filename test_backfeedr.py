@@ -686,7 +686,9 @@ def test_what_a_compiler_adds_to_a_name_does_not_change_the_group(symbol, name):
         "NullCheck(void*)", "core::panicking::panic_fmt::h0123456789abcdef",
         "_RNvCsiGVaDesi5rv_7___rustc17rust_begin_unwind", "xamarin_process_managed_exception",
         "il2cpp::vm::Exception::Raise(Il2CppException*, MethodInfo*)",
-        "-[RCTExceptionsManager reportFatal:stack:]", "FIRCLSTerminateHandler()")),
+        "-[RCTExceptionsManager reportFatal:stack:]", "FIRCLSTerminateHandler()", "core::option::expect_failed",
+        "__rust_start_panic")),
+    (calls("rust_add", file="a"), "rust_add"),
     (calls("rust_panic", file="a"), "rust_panic"),
     # Frames without names count as build and offset, or as binary and offset.
     ([*calls("abort"), {"binary": "UIKitCore", "offset": 7}], "UIKitCore+7"),
@@ -1344,7 +1346,8 @@ def test_an_apple_report_sent_as_a_crash_is_refused_with_a_detail_that_says_wher
     for body, errors in [  # Python 3.13 reads any depth
             *((body, ["invalid JSON"]) for body in (ips_of(), crash_text(), ips_of({**IPS_HEAD, "bug_type": "298"}))),
             *((body, ["missing exception_type"]) for body in (
-                ips_of(None), payload_of(), WHOLE_REPORTS[4][0], SPAN, json.dumps(IPS_HEAD).encode())),
+                ips_of(None), payload_of(), payload_of()["crashDiagnostics"][0], WHOLE_REPORTS[4][0], SPAN,
+                json.dumps(IPS_HEAD).encode())),
             (nest(3000), ["invalid JSON", "missing exception_type"])]:
         status, answer = api.post(CRASHES, body)
         assert status == 400 and answer.pop("error") in errors
@@ -1361,6 +1364,7 @@ def test_one_diagnostic_of_metrickit_is_read_without_its_payload(field, kind):
     payload = payload_of(kind + "Diagnostics", meta={**META, field: 5})
     diagnostic, = payload[kind + "Diagnostics"]
     assert only(diagnostic) == {**only(payload), "occurred_at": parse_time(NOW)}
+    assert only({**diagnostic, **SPAN})["occurred_at"] == only(payload)["occurred_at"]
 
 
 def test_all_diagnostics_of_a_payload_are_read_in_order():
@@ -1444,6 +1448,7 @@ ASI = "*** Terminating app due to uncaught exception 'NSRangeException', reason:
          "This app has crashed, for lack of a key"),
         ((ABORTED, "TCC, This app has crashed, for lack of a key"), "SIGABRT",
          "TCC, This app has crashed, for lack of a key"),
+        ((ABORTED, "RUNNINGBOARD 3735883980 \nHighlighted by Thread:  0"), "0xdead10cc", None),
         (("(SIGABRT)", "(SIGABRT)\nException Reason: +[Cart a]: unrecognized"), "SIGABRT", "+[Cart a]: unrecognized"),
         (("(SIGABRT)", "(SIGABRT)\nException Subtype: GUARD_X\nException Message: on port 7"), "SIGABRT",
          "GUARD_X on port 7"),
@@ -2693,23 +2698,34 @@ def test_crashes_that_stay_in_their_group_during_a_catch_up_do_not_regress_it(se
     assert sql(server, "select images from crashes") == [(None,)] and state_of(server) == "resolved"
 
 
-def test_crashes_of_older_rules_move_to_the_groups_of_the_new_ones_with_their_decisions(keeping, clock):
-    server = keeping()
+def test_crashes_of_older_rules_move_to_the_groups_of_the_new_ones_with_their_decision(keeping):
+    server, old = keeping(), "0123456789abcdef"
     for changes in ({}, {"exception_reason": "Another."}, {"exception_type": "B"}):
         add(server, **{**CRASH, **changes})
-    group = next(row["group_hash"] for row in server.metrics.groups()["groups"] if row["exception_type"] != "B")
-    old = "0123456789abcdef"
-    for table in ("crashes", "groups", "group_days"):
-        sql_run(server, f"update {table} set group_hash = '{old}' where group_hash = '{group}'")
+    groups = {row["group_hash"]: row["count"] for row in server.metrics.groups()["groups"]}
+    for table in ("crashes", "groups", "group_days"):  # as if one group had all of them
+        sql_run(server, f"delete from {table} where group_hash <> '{ABORTS}'" * (table != "crashes") or "select 1")
+        sql_run(server, f"update {table} set group_hash = '{old}'")
     server.store.triage(old, {"state": "resolved"})
-    for version, moved in ((backfeedr.GROUPING_VERSION, 0), (1, 2)):
+    for version, moved in ((backfeedr.GROUPING_VERSION, {old: 3}), (1, groups)):
         sql_run(server, f"update state set value = {version} where name = 'grouping_version'")
         server = keeping()
-        server.store.catch_up()
-        assert count(server, "crashes", f"group_hash = '{group}'") == moved and count(server, "crashes") == 3
-    assert sql(server, "select group_hash, target from group_aliases") == [(old, group)]
-    assert server.metrics.group(group)["state"] == "resolved"
+        server.deliver()
+        assert dict(sql(server, "select group_hash, count(*) from crashes group by group_hash")) == moved
+    assert sql(server, "select group_hash from group_aliases") == [(old,)]
+    assert [server.metrics.group(group)["state"] for group in groups] == ["resolved"] * 2
     assert sql(server, "select value from state where name = 'grouping_version'") == [(backfeedr.GROUPING_VERSION,)]
+
+
+def test_crashes_stay_in_their_group_if_its_rules_have_not_changed(server):
+    assert upload(server, {**PART, "pages": [{**PAGE, "first": 0}]}, SHOP)[0] == 201
+    named = {"imageIndex": 0, "imageOffset": 12, "symbol": "Cart.other()"}  # by Xcode, so it is trusted
+    for body in (ips_of(threads=[{"triggered": True, "frames": [named]}]), ips_of(), crash_text(), payload_of()):
+        assert Api(server).post(DIAGNOSTICS, body)[0] == 201
+    groups = sql(server, "select group_hash, images from crashes order by seq")
+    sql_run(server, "insert into regroupings select app_id, group_hash, 0, '' from groups")
+    server.store.catch_up()
+    assert sql(server, "select group_hash, images from crashes order by seq") == groups
 
 
 def test_state_and_history_outlive_the_crashes_so_a_later_crash_can_be_a_regression(serve, clock):
@@ -9213,6 +9229,12 @@ def test_behind_a_link_the_wal_is_seen_and_the_database_is_made(command, tmp_pat
         wal = os.stat("data/real.db-wal").st_size
         assert scraped(Api(server))["wal_bytes"] == wal > 0
         assert f"WAL {wal / 1e6:.1f} MB" in command("check", "--db", "link.db")[1]
+        Path("link.db").unlink()
+        Path("link.db").symlink_to("data/another.db")
+        with pytest.raises(StorageUnavailable):
+            add(server, type="custom")
+    Path("loop.db").symlink_to("loop.db")
+    assert command("app", "list", "--db", "loop.db")[2].startswith("backfeedr: there is no database ")
 
 
 def test_a_backup_is_complete_or_not_there_and_replaces_no_file(command, filled, monkeypatch):
@@ -9233,6 +9255,12 @@ def test_a_backup_is_complete_or_not_there_and_replaces_no_file(command, filled,
             backfeedr.backup(filled.store, copy)
         assert [path.read_text() for path in Path().glob("copy*")] == ["mine"] * (error is StoreError)
         copy.touch()
+    copy.unlink()
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.setattr(os, "link", raising(PermissionError("exFAT")))
+    backfeedr.backup(filled.store, copy)
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o600 and [*Path().glob("copy*")] == [Path("copy.db")]
+    check_database(copy)
 
 
 @pytest.mark.parametrize("stream, arguments, problem", [
