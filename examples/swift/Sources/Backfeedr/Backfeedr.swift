@@ -90,15 +90,11 @@ public enum Backfeedr {
         }
     }
 
-    /// The description of an error; its domain and code if it, or an error below it, has the path of a file.
+    /// The description of an error; its domain and code if the description has the path of a file.
     private static func description(of error: any Error) -> String {
-        var next: NSError? = error as NSError
-        while let below = next {
-            let hasPath = below.userInfo[NSFilePathErrorKey] ?? below.userInfo[NSURLErrorKey] != nil
-            if hasPath { return title(error as NSError) }
-            next = below.userInfo[NSUnderlyingErrorKey] as? NSError
-        }
-        return withoutSecrets(String(describing: error))
+        let text = String(describing: error)
+        if text.contains("NSFilePath=") || text.contains("file://") { return title(error as NSError) }
+        return withoutSecrets(text)
     }
 
     /// Removes passwords, queries and fragments from URLs: the description of a URLError may contain tokens.

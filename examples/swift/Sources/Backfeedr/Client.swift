@@ -48,9 +48,10 @@ extension Backfeedr {
             }
             let fields = Client.fields(vendor: vendor ?? installation())
             front.with { $0.fields = fields }
-            let until = (try? String(contentsOf: url("asked"), encoding: .utf8)).flatMap(Double.init) ?? 0
-            let left = until - now().timeIntervalSince1970  // more than a day if the clock was set back since
-            if (0...Client.maxAsked).contains(left) { (pausedAt, asked, pause) = (now(), left, left) }
+            let kept = (try? String(contentsOf: url("asked"), encoding: .utf8))?.split(separator: " ")
+            if let times = kept?.compactMap({ Double($0) }), times.count == 2 {
+                (pausedAt, asked, pause) = (Date(timeIntervalSinceReferenceDate: times[0]), times[1], times[1])
+            }
             await send()
         }
 
@@ -171,9 +172,10 @@ extension Backfeedr {
             if isEnabled {
                 try? FileManager.default.removeItem(at: off)
             } else {
-                try? FileManager.default.removeItem(at: folder)
                 make(folder)
-                try? Data().write(to: off)
+                try? Data().write(to: off)  // first, and never deleted: it must be off even after a kill
+                for name in (try? FileManager.default.contentsOfDirectory(atPath: folder.path)) ?? []
+                where name != "off" { try? FileManager.default.removeItem(at: folder.appendingPathComponent(name)) }
             }
         }
 
@@ -249,7 +251,7 @@ extension Backfeedr {
         @discardableResult
         func send(isAsked: Bool = false) async -> Bool {
             if !front.with({ $0.isEnabled }) { empty() }
-            while isAsked, let sending { await sending.value }  // it leaves out what has come since it began
+            if isAsked { await sending?.value }  // it leaves out what has come since it began
             _ = drain()
             prune()
             let waited = now().timeIntervalSince(pausedAt)  // below 0 if the clock was set back since
@@ -274,10 +276,15 @@ extension Backfeedr {
         }
 
         private func sendAll() async {
-            defer { sending = nil }
-            batch = nil  // events that come meanwhile wait: else requests would follow each other on a slow network
-            while let next = names().filter({ $0 != batch?.name })
+            let first = batch?.name
+            defer {
+                sending = nil
+                if batch != nil { wake() }
+            }
+            // A batch that begins meanwhile waits: else requests would follow each other on a slow network.
+            while let next = names().filter({ $0 != batch?.name || $0 == first })
                 .min(by: { (stumbles[$0] ?? 0, $0) < (stumbles[$1] ?? 0, $1) }) {
+                if next == batch?.name { batch = nil }
                 let name = closed(next)
                 guard await settle(name, post(name)) else { return }
             }
@@ -369,7 +376,8 @@ extension Backfeedr {
         /// Waits as long as the server asks, plus a random time: otherwise all phones come back in the same second.
         private func pause(asked seconds: Double = 0) -> Bool {
             (pausedAt, asked) = (now(), min(seconds, Client.maxAsked))
-            if asked > 0 { write(Data("\(now().timeIntervalSince1970 + asked)".utf8), "asked") }  // for the next launch
+            // For the next launch.
+            if asked > 0 { write(Data("\(pausedAt.timeIntervalSinceReferenceDate) \(asked)".utf8), "asked") }
             pause = asked + min(Client.maxPause, Client.firstPause * pow(2, Double(failures))) * .random(in: 0.5...1)
             (failures, isClockSet) = (min(failures + 1, 10), false)
             wake()
