@@ -700,15 +700,15 @@ def canonical_name(symbol: str) -> str:
 
 @lru_cache(maxsize=2048)
 def _is_specific(label: str) -> bool:
-    return not _UNSPECIFIC.fullmatch(label)
+    return not (_UNSPECIFIC.fullmatch(label) or _ABORTING.fullmatch(label))
 
 
 # The first of these rules that any frame meets chooses the frames of the group: own code, then specific names of other
 # code (symbols before binaries), then whatever there is.
 _GROUP_RULES: Sequence[Callable[[Frame], object]] = (
-    lambda frame: frame.is_own and _is_specific(frame.label) and not _ABORTING.fullmatch(frame.label),
-    lambda frame: frame.symbol and _is_specific(frame.label) and not _ABORTING.fullmatch(frame.label),
-    lambda frame: frame.label and _is_specific(frame.label) and not _ABORTING.fullmatch(frame.label),
+    lambda frame: frame.is_own and _is_specific(frame.label),
+    lambda frame: frame.symbol and _is_specific(frame.label),
+    lambda frame: frame.label and _is_specific(frame.label),
     lambda frame: frame.is_own or frame.symbol,
     lambda frame: frame.label)
 
@@ -960,9 +960,9 @@ def parse_crash(sent: JsonObject, max_size: int = MAX_REPORT_SIZE) -> Crash:
 
 
 def own_frame_names(frames: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The name and then the file of each of the first 20 frames of the app's own code, aborting ones last."""
+    """The name and then the file of each of the first 20 frames of the app's own code, those that count first."""
     own = sorted(islice((frame for frame in map(read_frame, frames) if frame.is_own), 20),
-                 key=lambda frame: bool(_ABORTING.fullmatch(frame.label)))
+                 key=lambda frame: not _is_specific(frame.label))
     return tuple(name for frame in own for name in (frame.title, frame.file))
 
 
@@ -7422,10 +7422,8 @@ class Backfeedr(Closing):
         return _STATUS_LINES[status], _with_length(headers, body), body
 
     def deliver(self) -> Counter[str]:
-        """Does the upkeep that commits have left, and sends the alerts that are due; returns how many were `sent` and
-        how many `failed`. `serve` does this by itself. Under another server, call it every minute, on one host or on
-        several."""
-        self.store.catch_up()
+        """Sends the alerts that are due; returns how many were `sent` and how many `failed`. `serve` does this by
+        itself. Under another server, call it every minute, on one host or on several."""
         return self.alerts.deliver()
 
     def close(self) -> None:
@@ -7618,9 +7616,9 @@ class Backfeedr(Closing):
         """Fills a submission. Checks size, key, rate, signature, JSON and fields, in this order."""
         body = _read_body(environ, self.settings.max_body_size)
         key = _header(environ, "X_BACKFEEDR_KEY")
-        key_hash = sha256(key)
         if not key:
             raise Refusal("missing API key")
+        key_hash = sha256(key)
         if not (self.store.is_cached_key(key_hash) or self.store.is_active_key(key_hash)):
             raise Refusal("invalid API key")
         submission.key_hash = key_hash

@@ -2710,7 +2710,7 @@ def test_crashes_of_older_rules_move_to_the_groups_of_the_new_ones_with_their_de
     for version, moved in ((backfeedr.GROUPING_VERSION, {old: 3}), (1, groups)):
         sql_run(server, f"update state set value = {version} where name = 'grouping_version'")
         server = keeping()
-        server.deliver()
+        server.store.catch_up()
         assert dict(sql(server, "select group_hash, count(*) from crashes group by group_hash")) == moved
     assert sql(server, "select group_hash from group_aliases") == [(old,)]
     assert [server.metrics.group(group)["state"] for group in groups] == ["resolved"] * 2
