@@ -678,8 +678,8 @@ _ABORTING = re.compile(
     r"|objc_terminate|cxa_throw|cxa_rethrow|demangling_terminate_handler|assertionFailure|fatalErrorMessage"
     r"|preconditionFailure)\b.*|_?swift_.*|Swift\._?(?:assertionFailure|fatalErrorMessage|preconditionFailure)\b.*"
     r"|Swift runtime failure: .*|[-+]\[NSException .*|std::(?:__)?terminate.*|\w*TerminateHandler\b.*"
-    r"|std::(?:sys|panicking|process)::.*|core::(?:panicking::|\w+::(?:unwrap|expect)_failed).*"  # Rust
-    r"|__rust_.*|rust_(?:panic|begin_unwind).*|_RNv\w*rust_begin_unwind"
+    r"|std::(?:sys|panicking|process)::.*|__rust_.*|rust_(?:panic|begin_unwind).*|_RNv\w*rust_begin_unwind"  # Rust
+    r"|core::(?:panicking::|(?:\w+::)+(?:\w*_fail(?:ed)?\b|panic_)).*|alloc::\w+::handle_\w*error.*"
     r"|konan::abort.*|.*(?:terminateWith|process)UnhandledException.*"  # Kotlin
     r"|xamarin_.*|native_to_managed_.*"  # .NET
     r"|il2cpp::vm::Exception::.*|il2cpp_codegen_raise_.*|NullCheck\b.*"  # Unity
@@ -3666,7 +3666,8 @@ class Database(Closing):
         if self._closed:
             raise sqlite3.ProgrammingError("the store is closed")
         with suppress(OSError):
-            if os.path.samestat(os.stat(self._given_path), self._file_status):
+            is_there = os.path.samestat(os.stat(self.path), self._file_status)
+            if is_there and os.path.realpath(self._given_path) == str(self.path):
                 return
         raise sqlite3.OperationalError(f"{self.path} was moved or replaced since the start")
 
@@ -4632,13 +4633,8 @@ class SymbolStore(Deletion):
         rollups.figures[Groups].count(Crash, before, -1)
         rollups.save()
         self._note_windows(db)
-        targets, columns = [target for target, _ in moves.values()], ", ".join(Decision._fields)
-        for target in {*targets} - {group}:  # the group may split, and the last target gets the row itself
-            db.execute(f"""
-                insert into triage (app_id, group_hash, {columns})
-                select app_id, ?, {columns} from triage where app_id = ? and group_hash = ?
-                on conflict (app_id, group_hash) do nothing""", (target, app_id, group))
         update_triage(db, self.now, rollups, [crash for crash in after if crash.group_hash != group], are_moved=True)
+        targets = [target for target, _ in moves.values()]
         if first:
             first_seen, first_version, came_at = first
             db.execute("""
@@ -8076,7 +8072,7 @@ def backup(store: Store, path: Path) -> None:
             try:
                 os.link(unfinished, path)  # fails if another file has taken the name meanwhile
             except OSError as error:
-                if isinstance(error, FileExistsError):
+                if isinstance(error, FileExistsError) or path.exists():
                     raise
                 os.replace(unfinished, path)  # exFAT has no links
     except (OSError, sqlite3.Error) as error:

@@ -687,7 +687,8 @@ def test_what_a_compiler_adds_to_a_name_does_not_change_the_group(symbol, name):
         "_RNvCsiGVaDesi5rv_7___rustc17rust_begin_unwind", "xamarin_process_managed_exception",
         "il2cpp::vm::Exception::Raise(Il2CppException*, MethodInfo*)",
         "-[RCTExceptionsManager reportFatal:stack:]", "FIRCLSTerminateHandler()", "core::option::expect_failed",
-        "__rust_start_panic")),
+        "__rust_start_panic", "core::slice::index::slice_end_index_len_fail", "core::cell::panic_already_borrowed",
+        "alloc::alloc::handle_alloc_error")),
     (calls("rust_add", file="a"), "rust_add"),
     (calls("rust_panic", file="a"), "rust_panic"),
     # Frames without names count as build and offset, or as binary and offset.
@@ -2713,7 +2714,7 @@ def test_crashes_of_older_rules_move_to_the_groups_of_the_new_ones_with_their_de
         server.store.catch_up()
         assert dict(sql(server, "select group_hash, count(*) from crashes group by group_hash")) == moved
     assert sql(server, "select group_hash from group_aliases") == [(old,)]
-    assert [server.metrics.group(group)["state"] for group in groups] == ["resolved"] * 2
+    assert sorted(server.metrics.group(group)["state"] for group in groups) == ["open", "resolved"], "the last has it"
     assert sql(server, "select value from state where name = 'grouping_version'") == [(backfeedr.GROUPING_VERSION,)]
 
 
@@ -9229,10 +9230,12 @@ def test_behind_a_link_the_wal_is_seen_and_the_database_is_made(command, tmp_pat
         wal = os.stat("data/real.db-wal").st_size
         assert scraped(Api(server))["wal_bytes"] == wal > 0
         assert f"WAL {wal / 1e6:.1f} MB" in command("check", "--db", "link.db")[1]
-        Path("link.db").unlink()
-        Path("link.db").symlink_to("data/another.db")
-        with pytest.raises(StorageUnavailable):
-            add(server, type="custom")
+        Path("data/real.db").rename("moved.db")
+        for target in ("data/real.db", "moved.db"):  # the second is the file, but its WAL would be in another place
+            Path("link.db").unlink()
+            Path("link.db").symlink_to(target)
+            with pytest.raises(StorageUnavailable):
+                add(server, type="custom")
     Path("loop.db").symlink_to("loop.db")
     assert command("app", "list", "--db", "loop.db")[2].startswith("backfeedr: there is no database ")
 

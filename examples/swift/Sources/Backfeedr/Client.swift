@@ -176,6 +176,7 @@ extension Backfeedr {
                 try? Data().write(to: off)  // first, and never deleted: it must be off even after a kill
                 for name in (try? FileManager.default.contentsOfDirectory(atPath: folder.path)) ?? []
                 where name != "off" { try? FileManager.default.removeItem(at: folder.appendingPathComponent(name)) }
+                if Client.isEnabled(in: folder) { try? Data().write(to: off) }  // the disk was full until now
             }
         }
 
