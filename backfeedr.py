@@ -8007,7 +8007,8 @@ def _make_server(app: Backfeedr, settings: Settings, listener: socket.socket) ->
         max_request_body_size=settings.max_body_size + 65536,  # more than the app's own limit, which refuses first
         connection_limit=_connection_limit(settings.threads + COMMIT_THREADS),
         max_request_header_size=32768, inbuf_overflow=131072, recv_bytes=65536, cleanup_interval=10,
-        asyncore_use_poll=True, clear_untrusted_proxy_headers=False,
+        asyncore_use_poll=True,
+        clear_untrusted_proxy_headers=False,  # the app reads none; True would wrap the app, which _AppTask calls
         outbuf_high_watermark=1 << 40)  # so that a worker never waits for the client
     server.channel_class = _Channel
     server.maintenance = partial(_close_idle, server)

@@ -196,8 +196,8 @@ def bare(_: str) -> None:
         return bottle.HTTPResponse(json.dumps(answers[path]).encode(), 201, {"Content-Type": "application/json"})
 
     server = waitress.create_server(
-        app, host="127.0.0.1", port=0, threads=32, ident=None, max_request_body_size=1 << 20, recv_bytes=65536,
-        max_request_header_size=32768, connection_limit=900, channel_timeout=60, asyncore_use_poll=True)
+        app, listen="127.0.0.1:0", threads=32, ident=None, max_request_body_size=1 << 20, connection_limit=900,
+        max_request_header_size=32768, recv_bytes=65536, asyncore_use_poll=True, clear_untrusted_proxy_headers=False)
     print(f"bare on http://127.0.0.1:{server.effective_port}", flush=True)
     sys.setswitchinterval(0.002)
     server.run()
