@@ -160,8 +160,11 @@ extension Backfeedr {
         func empty() {
             sending?.cancel()
             batch = nil
-            for name in all() where name != "off" { remove(name) }
+            for name in all() where !Client.kept.contains(name) { remove(name) }
         }
+
+        /// What stays when sending is off: that it is, and the id, which the user may need to have reports deleted.
+        static let kept = ["off", "installation"]
 
         static func isEnabled(in folder: URL) -> Bool {
             !FileManager.default.fileExists(atPath: folder.appendingPathComponent("off").path)
@@ -175,7 +178,7 @@ extension Backfeedr {
                 make(folder)
                 try? Data().write(to: off)  // first, and never deleted: it must be off even after a kill
                 for name in (try? FileManager.default.contentsOfDirectory(atPath: folder.path)) ?? []
-                where name != "off" { try? FileManager.default.removeItem(at: folder.appendingPathComponent(name)) }
+                where !kept.contains(name) { try? FileManager.default.removeItem(at: folder.appendingPathComponent(name)) }
                 if Client.isEnabled(in: folder) { try? Data().write(to: off) }  // the disk was full until now
             }
         }

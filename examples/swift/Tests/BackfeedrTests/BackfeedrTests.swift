@@ -362,6 +362,10 @@ final class SendingTests: XCTestCase {
         equal(script.bodies.map { $0 == "{}" }, [true, false])
         equal(script.requests.map { $0.value(forHTTPHeaderField: "X-Backfeedr-Device")?.count }, [64, 64])
         equal(phone.all, ["installation"])
+        phone.client.setEnabled(false)
+        check(await phone.flush())
+        equal(Set(phone.all), ["installation", "off"])
+        phone.client.setEnabled(true)
         let next = await Phone(after: phone, isKnown: false)
         await next.client.open(vendor: nil)
         equal(next.client.deviceID, phone.client.deviceID, "without a vendor's id, the number in the folder stays")
@@ -500,7 +504,7 @@ final class ReportTests: XCTestCase {
         equal(error, ["BackfeedrTests.CartError|CartError(item: 7)|cart|opened the cart|1|1|1|1"])
         Backfeedr.isEnabled = false
         check(await Backfeedr.flush().value)
-        equal(try FileManager.default.contentsOfDirectory(atPath: Client.folder.path), ["off"])
+        equal(Set(try FileManager.default.contentsOfDirectory(atPath: Client.folder.path)), ["installation", "off"])
     }
 
     func testASessionContinuesWithinThirtySecondsAndLaterAnotherBegins() async throws {
