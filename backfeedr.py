@@ -5369,7 +5369,7 @@ class Alerts:
         return error
 
     def _record(self, message: Message, error: DeliveryError | None) -> None:
-        """Records the outcome of a try, and when the next one is due. The status 410 ends the channel."""
+        """Records the outcome of a try, and when the next is due. 410 ends the channel, until a test succeeds."""
         now, tries, due_at, taken_until = self._store.now, message["tries"], None, 0
         has_ended = error is not None and error.status == 410
         retry_until = message.get("created_at", 0) + sum(RETRY_SECONDS) * SECOND  # early tries must not shorten this
@@ -5382,9 +5382,9 @@ class Alerts:
         with self._store.writing(shared=True) as db:  # the channel first, so that two hosts do not deadlock
             db.execute("""
                 update channels set error = ?, error_at = ?, sent_at = coalesce(?, sent_at),
-                    ended_at = coalesce(?, ended_at)
+                    ended_at = case when ? then null else coalesce(?, ended_at) end
                 where id = ?""", (error and str(error), now if error else None, None if error else now,
-                                  now if has_ended else None, message["channel_id"]))
+                                  not error, now if has_ended else None, message["channel_id"]))
             db.execute("""
                 update messages set due_at = :due, taken_until = :taken,
                     body = case when :due is null then '' else body end
@@ -5745,14 +5745,24 @@ class GroupMetrics(PublicMetrics):
         group = self._summary(db, parameters["app"], row["group_hash"])
         first, version = (group.pop("first_version") or "")[:parameters["length"]], parameters["version"]
         is_new = (group["came_at"] or 0) >= parameters["week"] if version is None else first == version
-        versions = [app_version for app_version, in db.execute(f"""
+        return {**_group_json({**group, **row, "first_seen": group["first_seen"]}),
+                "versions": self._versions(db, parameters, MAX_VERSIONS), "is_new": is_new}
+
+    @staticmethod
+    def _versions(db: Connection, parameters: JsonObject, limit: int) -> list[str]:
+        """The versions in which a group crashed, those with the most crashes, in ascending order."""
+        return sorted((version for version, in db.execute(f"""
             select app_version from crashes
             where {IN_GROUP} and app_version is not null and {IS_LISTED}
             group by app_version
             order by count(*) desc, app_version
-            limit {MAX_VERSIONS}""", parameters)]
-        return {**_group_json({**group, **row, "first_seen": group["first_seen"]}),
-                "versions": sorted(versions, key=version_key), "is_new": is_new}
+            limit {limit}""", parameters)), key=version_key)
+
+    def versions_of(self, group_hash: str, app: str | None = None) -> list[str]:
+        """The versions in which a group crashed, in ascending order."""
+        with self._snapshot(app) as (db, app_id):
+            return self._versions(db, {"app": app_id, "group": group_hash, **_version_filter(None), "since": 0,
+                                       "first": None, "last": None}, MAX_NAMES)
 
     def _summary(self, db: Connection, app_id: int | None, group_hash: str) -> JsonObject:
         """A summary of a group: sums and times are those of all its apps, the rest is that of the app with its latest
@@ -6293,11 +6303,12 @@ def chart(title: str, labels: Sequence[str], values: DayValues, draw: Callable[[
         drawing += (f'<rect class="day" x="{n}" width="1" height="{_CHART_HEIGHT}">'
                     f"<title>{_day_name(label)}: {text}</title></rect>")
     first, last = _day_name(labels[0]), _day_name(labels[-1])
-    summary = (f"{title} per day, {first} to {last}: latest {known[-1][0]:,}{unit},"
+    so_far = " so far" * (known[-1][1] == labels[-1])
+    summary = (f"{title}, day by day, {first} to {last}: latest {known[-1][0]:,}{unit}{so_far},"
                f" highest {highest:,}{unit} on {_day_name(peak)}, lowest {lowest:,}{unit}")
     return (f'<div class="chart" role="img" aria-label="{summary}">'
-            f"<p><span>{high:,}{unit}</span><span>{low:,}{unit}</span></p>{_svg(len(values), _CHART_HEIGHT, drawing)}"
-            f"<p><span>{first}</span><span>{last}</span></p></div>")
+            f"<p><span>{high:,}{unit}</span> <span>{low:,}{unit}</span></p>{_svg(len(values), _CHART_HEIGHT, drawing)}"
+            f"<p><span>{first}</span> <span>{last}</span></p></div>")
 
 
 def _svg(width: int, height: int, content: str) -> str:
@@ -6332,7 +6343,8 @@ def bar_chart(counts: JsonObject, total: int | None = None) -> str:
 # == Page content ==============================================================
 # What the pages show: tiles, the steps towards a crash, frames, and a group as text.
 
-SHOWN_FRAMES, SHOWN_TEXT = 200, 20_000  # frames and characters of a report on its page; the API has the rest
+SHOWN_FRAMES, LAST_SHOWN = 200, 50  # frames of a trace on its page: the first and the last; the API has the others
+SHOWN_TEXT = 20_000  # characters of a field there
 _CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")  # not allowed in HTML and XML
 _MISLEADING_CHARACTERS = re.compile(  # these, and characters that end a line or change the direction of text
     _CONTROL_CHARACTERS.pattern + "|[\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -6434,8 +6446,8 @@ def group_text(group: JsonObject, url: str) -> str:
     for title, parts in (
             ("Crash", [group["place"], group["exception_type"], report.get("exception_reason", "")]),
             ("Stack trace of the latest crash (* marks the app's own code)", [
-                f"{n:3} {'*' if frame.is_own else ' '} {_shorten(frame.symbol, 1000)}  {_shorten(frame.place)}"
-                for n, frame in enumerate(_trace_rows(report, only_known=True)[:SHOWN_FRAMES])]),
+                f"{frame.number:3} {'*' if frame.is_own else ' '} {_shorten(frame.symbol, 1000)}  "
+                + _shorten(frame.place) for frame in _trace_rows(report, only_known=True)]),
             ("Spread", [f"{name}: {value}" for name, value in spread.items() if value not in (None, "")]),
             ("History", [f"{entry['at']} {entry['what']} {entry['detail'] or ''}" for entry in group["history"]])):
         lines = chain.from_iterable(_shorten(part, SHOWN_TEXT).splitlines() for part in parts or ["none"])
@@ -6448,17 +6460,19 @@ def _group_title(group: JsonObject) -> str:
     """The app's function that crashes, or its binary and offset, or else the exception type, or the group's hash."""
     place = group["place"]
     name = place if _NAME_AND_OFFSET.fullmatch(place) else canonical_name(place)
-    return name or place or group["exception_type"] or group["group_hash"]
+    title: str = next(filter(str.strip, (name, place, group["exception_type"])), group["group_hash"])
+    return title
 
 
 _KNOWN_FRAME_FIELDS = {*chain.from_iterable(_FRAME_FIELDS.values()), "frame", "in_app", "symbolicated", "inlined"}
-FrameRow = namedtuple("FrameRow", "symbol place is_own address")  # what a page shows of a frame
+FrameRow = namedtuple("FrameRow", "number symbol place is_own address")  # what a page shows of a frame
 
 
 def _trace_rows(report: JsonObject, only_known: bool = False) -> list[FrameRow]:
     """The frames of a crash, or those in the properties of an event, such as a hang. `place` is the file and line, the
-    binary and unknown fields; `address` is within the binary."""
-    trace, rows = report.get("properties", report).get("stack_trace"), []
+    binary and unknown fields; `address` is within the binary. The last frames of an endless recursion tell how it
+    began, so of a long trace, one row stands for those between."""
+    trace, rows = report.get("properties", report).get("stack_trace"), list[FrameRow]()
     for sent in trace if type(trace) is list else []:
         if type(sent) is dict:
             frame, line = read_frame(sent), _first_value(sent, "line")
@@ -6467,18 +6481,22 @@ def _trace_rows(report: JsonObject, only_known: bool = False) -> list[FrameRow]:
                        if name not in _KNOWN_FRAME_FIELDS and value is not None and not only_known]
             place = [file, frame.binary if frame.symbol else "", "inlined" if sent.get("inlined") else "", *unknown]
             address = f"{frame.binary} + {frame.offset} {frame.uuid}".strip() if frame.offset is not None else ""
-            rows.append(FrameRow(frame.title or "(no symbol)", ", ".join(filter(None, place)), frame.is_own, address))
+            rows.append(FrameRow(
+                len(rows), frame.title or "(no symbol)", ", ".join(filter(None, place)), frame.is_own, address))
+    if left_out := rows[SHOWN_FRAMES:-LAST_SHOWN]:
+        row = left_out[0]._replace(symbol=f"and {len(left_out)} more frames", place="", address="")
+        rows[SHOWN_FRAMES:-LAST_SHOWN] = [row._replace(is_own=any(frame.is_own for frame in left_out))]
     return rows
 
 
 def trace_html(frames: Sequence[FrameRow]) -> str:
-    """HTML for a stack trace: its first SHOWN_FRAMES frames, and how many more there are. Empty without frames."""
+    """HTML for a stack trace. Empty without frames."""
     items = "".join(
-        f"""<li{' class="own"' if frame.is_own else ''} title="{escape(_shorten(frame.address))}"><code>"""
-        f'{text_html(frame.symbol, 1000)}</code> <span class="place">{text_html(frame.place)}</span></li>'
-        for frame in frames[:SHOWN_FRAMES])
-    more = f'<p class="note">and {len(frames) - SHOWN_FRAMES:,} more frames</p>' if frames[SHOWN_FRAMES:] else ""
-    return f'<ol class="trace" start="0">{items}</ol>{more}' if frames else ""
+        f'<li value="{frame.number}" title="{escape(_shorten(frame.address))}"'
+        + (' class="own"><span class="skip">own code: </span>' if frame.is_own else ">")
+        + f'<code>{text_html(frame.symbol, 1000)}</code> <span class="place">{text_html(frame.place)}</span></li>'
+        for frame in frames)
+    return f'<ol class="trace">{items}</ol>' if frames else ""
 
 
 def build_name(build: JsonObject) -> str:
@@ -6534,7 +6552,7 @@ footer, .tiles section { border-top: 1px solid var(--rule); padding-top: 0.6rem;
 table { border-collapse: collapse; width: 100%; } .list tr { border-bottom: 1px solid var(--rule); }
 th { text-align: left; font-weight: 400; } thead { overflow-wrap: normal; }
 th, td { padding: 0.4rem 1.2rem 0.4rem 0; vertical-align: top; } :is(th, td):last-child { padding-right: 0; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
+.number { text-align: right; font-variant-numeric: tabular-nums; } td.main { max-width: 30rem; }
 td.number, td.session, .list time { white-space: nowrap; } .actions { align-items: last baseline; }
 :is(dd, h2, .bare) > time::after { content: ", " attr(title); color: var(--soft); font-size: 0.9em; }
 .bars :is(th, td) { padding-block: 0.15rem; } .bars th { color: inherit; font-size: 1em; width: 52%; }
@@ -6549,10 +6567,11 @@ path { fill: none; stroke: var(--mark); stroke-width: 2; stroke-linecap: round; 
 .chart p:first-child { flex-direction: column; text-align: right; } .chart p:last-child { grid-column: 2; }
 .crash { display: grid; gap: 1.5rem 2.5rem; grid-template-columns: minmax(0, 2fr) minmax(0, 1fr); }
 .trace { margin: 0; padding-left: 2.6rem; } .place { font-weight: 400; padding-left: 0.6rem; }
-li { padding: 0.15rem 0 0.15rem 0.6rem; border-left: 3px solid transparent; }
-.own { color: var(--ink); border-left-color: var(--bad); } .own .place { color: var(--link); }
+li { padding: 0.15rem 0 0.15rem calc(0.6rem + 3px); }
+.own { color: var(--ink); border-left: 3px solid var(--bad); padding-left: 0.6rem; } .own .place { color: var(--link); }
 .context > :not(.long) { display: grid; grid-template-columns: 9rem minmax(0, 1fr); gap: 0.4rem; padding: 0.2rem 0; }
-pre, .long dd { margin: 0.2rem 0; padding: 0.5rem 0.7rem; white-space: pre-wrap; max-height: 22rem; overflow-y: auto; }
+pre, .long dd { margin: 0.2rem 0; padding: 0.5rem 0.7rem; white-space: pre-wrap; }
+@media screen { pre, .long dd { max-height: 22rem; overflow-y: auto; } }
 form { display: inline-flex; flex-wrap: wrap; gap: 0.4rem 1.3rem; align-items: end; } .filter { margin-bottom: 1rem; }
 form, label, details { max-width: 100%; } label > :is(select, input:not([type=checkbox])) { display: block; }
 input, select, button, textarea { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 3px;
@@ -6568,12 +6587,13 @@ button, summary { cursor: pointer; } button { white-space: nowrap; } button:hove
   .list tr { display: flex; flex-wrap: wrap; gap: 0 1.2rem; padding: 0.4rem 0; align-items: baseline; }
   .list :is(td, time) { padding: 0; width: auto; text-align: left; white-space: normal; }
   .list td:not(.main, .bare)::before { content: attr(data-label) " "; color: var(--soft); font: 0.85em system-ui; }
-  .list .main { order: -1; flex-basis: 100%; } .list .number + .bare { flex: 1 1 12rem; }
+  .list .main { order: -1; flex-basis: 100%; max-width: 100%; } .list .number + .bare { flex: 1 1 12rem; }
   .list td:not(.main):is(:empty, :has(> bdi:empty)), :is(.list, .bars) .code { display: none; }
   time::after { content: ", " attr(title); color: var(--soft); font-size: 0.9em; }
   a, nav a, .brand, summary, .plain, label:has([type=checkbox]) { padding-block: 12px; }
   details:not([open]) > .brief { padding-block: 0; line-height: 40px; }
   header nav { order: 1; flex-basis: 100%; column-gap: 0.8rem; } .brand { flex: 1; }
+  section > div:not([class]) { padding-block: 10px; }
   .apps { flex-wrap: nowrap; overflow-x: auto; white-space: nowrap; } .apps [aria-current] { order: -1; }
 }
 """
@@ -6623,7 +6643,7 @@ class PageRequest:
     def read_form(self) -> None:
         """Reads the form. Raises Refusal unless it comes from a page of this session."""
         fields = parse_qs(_read_body(self.environ, 65_536).decode("utf-8", "replace"), keep_blank_values=True)
-        self.form = {name: values[-1] for name, values in fields.items()}
+        self.form = {name: values[-1].replace("\r\n", "\n") for name, values in fields.items()}
         token = self.form.get("form_token", "").encode("utf-8", "replace")
         if not hmac.compare_digest(token, self.form_token.encode()):
             raise Refusal("form expired")
@@ -6734,7 +6754,8 @@ class Dashboard:
             if not is_open and not self._load_session(page):
                 # Cut, because nginx takes a host for broken if the headers of an answer have more than 4 kB.
                 target = page.path_and_query.replace("/sign-out", "/")[:1000]
-                return page.redirect("/sign-in?" + urlencode({"next": target}))
+                unsaved = {"unsaved": 1} if is_form and page.path != "/sign-out" else {}
+                return page.redirect("/sign-in?" + urlencode({"next": target, **unsaved}))
             if is_form:
                 page.read_form()
             return handler(page, **path)
@@ -6769,16 +6790,17 @@ class Dashboard:
 
     def _sign_in(self, page: PageRequest) -> Response:
         """The form for the admin token; or a new session, for the token or for the code of a link."""
-        method, code, is_right, problem = page.environ["REQUEST_METHOD"], page.query.get("code"), False, ""
+        method, code, is_right, status = page.environ["REQUEST_METHOD"], page.query.get("code"), False, 200
+        problem = "You were signed out, so what you sent was not saved." if "unsaved" in page.query else ""
         if method == "POST":
             is_right = self._store.is_secret("admin_token", page.form.get("token", "").strip().encode())
-            problem = "That is not the admin token."
+            status, problem = 403, "That is not the admin token."
         elif code and method == "GET":  # a link preview sends HEAD, and must not use up the code
             is_right = self._store.withdraw("code", code)
-            problem = "This link has been used or has expired. Sign in with the admin token."
+            status, problem = 403, "This link has been used or has expired. Sign in with the admin token."
         target = page.form.get("next") or page.query.get("next", "/")
         if not is_right:
-            return self._render(page, "Sign in", "sign_in", 403 if problem else 200, problem=problem, target=target)
+            return self._render(page, "Sign in", "sign_in", status, problem=problem, target=target)
         is_path_here = re.fullmatch(r"/(?![/\\])[!-~]*", target)  # browsers read //x and /\x as another host
         response = page.redirect(target if is_path_here else "/")
         # The id is a new one, because an attacker may have planted the one that the browser had.
@@ -6832,7 +6854,7 @@ class Dashboard:
         return self._render(
             page, _group_title(group), "group", group=group, group_apps=apps, report=report, older=older, newer=newer,
             next_build=metrics.next_build(group_hash, apps[0]) if len(apps) == 1 else "",
-            breadcrumbs=_breadcrumb_steps(report),
+            breadcrumbs=_breadcrumb_steps(report), versions=metrics.versions_of(group_hash, app),
             events=[_event_step(event, report) for event in metrics.events_before(report)],
             chart=chart("Crashes", crashes_per_day["labels"], details["days"], draw_columns),
             frames=_trace_rows(report), fields=_field_rows(page, report))
@@ -7055,7 +7077,8 @@ _ICON = "data:image/svg+xml," + quote(
 _TEMPLATES = {name: bottle.SimpleTemplate(source) for name, source in {
     "layout": """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="robots" content="noindex"><title>{{_shorten(title, 80)}} - backfeedr</title>
+<meta name="robots" content="noindex">
+<title>{{_shorten(title, 80)}}{{" - " + page.app if page.app and status == 200 else ""}} - backfeedr</title>
 <link rel="icon" href="{{_ICON}}"><style>{{!STYLE}}</style></head>
 <body><a class="skip" href="#main">Skip to content</a>
 <header><a class="brand" href="{{link("/")}}">backfeedr</a>
@@ -7106,7 +7129,8 @@ _TEMPLATES = {name: bottle.SimpleTemplate(source) for name, source in {
 % end
 {{!"" if verdicts else _NO_RELEASES}}</section>
 <div class="grid"><section><h2>New or regressed in the last 7 days: {{!value_html(new_count)}}</h2>
-""" + _table("new", _GROUP_COLUMN, _COUNT_COLUMN, "Last seen", empty="No new or regressed crashes.") + """
+""" + _table("new", _GROUP_COLUMN, _COUNT_COLUMN, "Last seen", empty="No new or regressed crashes.", note="""
+{{!anchor("All new", "/crashes", state="new")}} | {{!anchor("All regressed", "/crashes", state="regressed")}}""") + """
 </section><section><h2>{{!anchor("To fix first", "/crashes", days=7)}}</h2>
 """ + _table("first", _GROUP_COLUMN, _SCORED_DEVICES_COLUMN, _COUNT_COLUMN, "Last seen",
                     empty="No crashes in the last 7 days.", note="""Ranked by devices that crashed in a current
@@ -7128,10 +7152,8 @@ see {{!anchor("Apps", "/apps")}}.""") + _PAGE_LINKS,
 % for label, name in facts.items():
 <div><dt>{{label}}</dt><dd>{{!value_html(group[name] or (0 if name == "count" else None))}}</dd></div>
 % end
-% versions = sorted(group["versions"]["labels"], key=version_key)
 % first_to_last = " to ".join(dict.fromkeys(versions[:1] + versions[-1:]))
-% others = " and others" * (len(versions) == 20 and sum(group["versions"]["data"]) < group["count"])
-<div><dt>Versions</dt><dd>{{!text_html(first_to_last or "-", 100)}}{{others}}</dd></div>
+<div><dt>Versions</dt><dd>{{!text_html(first_to_last or "-", 100)}}</dd></div>
 <div><dt>Group</dt><dd><code>{{group["group_hash"]}}</code></dd></div>
 <div><dt>Export</dt><dd>{{!anchor("text", page.path + ".txt")}} {{!anchor("Markdown", page.path + ".md")}}</dd></div>
 </dl><section><h2>{{group["state"].capitalize()}}
@@ -7142,19 +7164,15 @@ see {{!anchor("Apps", "/apps")}}.""") + _PAGE_LINKS,
 <p class="note">Several apps have this crash. Choose one to change its state there:
 {{!" ".join(anchor(name, page.path, app=name) for name in group_apps)}}</p>
 % else:
-% if group["state"] != "resolved":
 {{!form("Resolve", field_html("Fixed in version", "fixed_in", next_build), state="resolved")}}
-% end
 {{!form("Reopen", state="open") if group["state"] != "open" else ""}}
-% if group["state"] != "muted":
 <details><summary>Mute</summary>
 <p class="note">Without a condition, it stays muted until somebody reopens it.</p>
 % until = field_html("Until", "until", more='type="date" min="{}"'.format(iso_day(page.now // DAY + 1)))
-% more_crashes = field_html("or for this many more crashes", "more_crashes", more='type="number" min="1"')
-% more_devices = field_html("devices", "more_devices", more='type="number" min="1"')
+% more_crashes = field_html("or for more crashes", "more_crashes", more='type="number" min="1"')
+% more_devices = field_html("or more devices", "more_devices", more='type="number" min="1"')
 {{!form("Mute", until, more_crashes, more_devices, state="muted")}}
 </details>
-% end
 % comment = '<textarea name="comment" aria-label="Comment" rows="3" cols="60" maxlength="5000" required></textarea>'
 <details><summary>Comment</summary>{{!form("Add comment", comment)}}</details>
 % end
@@ -7207,7 +7225,11 @@ see {{!anchor("Apps", "/apps")}}.""") + _PAGE_LINKS,
 % end
 """,
     "events": """{{!_filter_form(page, fields, parameters)}}
-<p class="note">{{"Oldest" if is_session else "Last received"}} first.</p>
+<p class="note">{{"First" if is_session else "Last"}} received first.
+% if "device_id_hash" in parameters:
+<code>python backfeedr.py device forget</code> deletes all that a device sent.
+% end
+</p>
 """ + _table(
         "events", ("Event", """{{row["type"]}} <b>{{!text_html(row.get("name", ""), 80)}}</b>
 """ + _APP_NAMES + """
@@ -7239,7 +7261,8 @@ No matches. {{!anchor("Show all", "/events")}}. To send events, see <code>exampl
 {{!anchor(row["name"][:80] or "(no name)", "/events", type=row["type"], name=row["name"])}}
 <span class="soft">{{row["type"]}}</span>""", "main"),
         ("30 days", '{{!sparkline(row["days"], "Events")}}', ""), _value_column("Events", "count"),
-        empty="No events in 30 days.") + """<p>{{!anchor("All events", "/events")}}</p></section>
+        empty="No events in 30 days.", note="The 50 most frequent.") + """
+<p>{{!anchor("All events", "/events")}}</p></section>
 <section><h2>{{!anchor("Adoption, 7 days", "/releases")}}</h2>
 """ + _table("releases", _RELEASE_COLUMN, "Adoption", empty=_NO_RELEASES) + "</section></div>\n",
     "releases": """<p class="note">Sorted by
@@ -7282,7 +7305,8 @@ revoked {{!time_html(row.revoked_at)}}
 {{!form("Delete", typed, css="danger", action="delete", name=app.name)}}</details></div></section>
 % end
 <section><h2>New app</h2>
-% name = field_html("Name", "name", more='maxlength="100" required')
+% refused = page.form.get("name", "") if page.form.get("action") == "create" else ""
+% name = field_html("Name", "name", refused, more='maxlength="100" required')
 % is_test = field_html("Test app (left out of public figures)", "test", 1, is_checked=False)
 {{!form("Create app and key", name, is_test, action="create")}}</section>
 <section><h2>Alerts</h2>

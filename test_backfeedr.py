@@ -2495,15 +2495,15 @@ def test_reports_show_symbolicated_frames_beside_those_that_were_sent(api, perso
     for crash in answer["reports"]:
         assert (crash["stack_trace"], crash["raw_stack_trace"]) == ([raw[0], *symbolicated], raw)
     shown = person.get(f"/crashes/{group}")
-    assert f'<li class="own" title="Shop + 1009 {HELD}"><code><bdi>add</bdi></code>' in shown.text
+    assert f'title="Shop + 1009 {HELD}" class="own">{OWN_CODE}<code><bdi>add</bdi></code>' in shown.text
     assert "Cart.swift:7, Shop, inlined" in person.text(f"/crashes/{group}") and "missing" not in shown.text
     event, = api.get(EVENTS, **ADMIN)[1]["events"]
     assert event["properties"]["stack_trace"][-1] == {**frame_of(HELD, 1000), "symbol": "total", "file": "Cart.swift",
                                                       "line": 12, "symbolicated": True}
     assert event["properties"]["raw_stack_trace"] == hang["properties"]["stack_trace"]
-    assert "Hang Stack trace total Cart.swift:12, Shop just now" in person.text("/events")
+    assert "Hang Stack trace own code: total Cart.swift:12, Shop just now" in person.text("/events")
     api.post(EVENTS, {**hang, "properties": {**hang["properties"], "duration": "2 s"}})
-    assert "Hang duration: 2 s total Cart.swift:12, Shop just now" in person.text("/events"), "a short text once"
+    assert "Hang duration: 2 s own code: total Cart.swift:12, Shop just now" in person.text("/events"), "a short text once"
 
 
 def test_the_lookups_for_a_report_are_limited(api, monkeypatch):
@@ -3014,19 +3014,27 @@ def test_a_group_is_triaged_on_its_page(api, person, clock):
     form = state_form(person.get(path), "resolved")
     assert form["fixed_in"].value == "1.2 (48)"
     decide(form)
-    assert "Resolved in 1.2 (48) Reopen" in person.text(path) and "just now resolved in 1.2 (48)" in person.text(path)
+    for expected in ("Resolved in 1.2 (48) Fixed in version Resolve Reopen", "just now resolved in 1.2 (48)"):
+        assert expected in person.text(path)
+    decide(state_form(person.get(path), "resolved"), fixed_in="1.2 (49)")
+    assert "Resolved in 1.2 (49)" in person.text(path), "changed without reopening it first"
     decide(state_form(person.get(path), "open"))
     decide(state_form(person.get(path), "muted"), until="2026-04-01", more_crashes="7", more_devices="2")
-    assert "Muted Fixed in version Resolve Reopen Comment" in person.text(path)
+    assert "Muted Fixed in version Resolve Reopen Mute" in person.text(path)
     assert history_of(api.server)[-1] == (
         "muted", "until 2026-04-01T00:00:00Z or for 7 more crashes or for 2 more devices")
     decide(state_form(person.get(path), "resolved"), fixed_in="")
     assert api.server.metrics.group(ABORTS)["fixed_in"] is None
     decide(next(form for form in forms_of(person.get(path)) if "comment" in form.fields), comment=HOSTILE)
+    decide(next(form for form in forms_of(person.get(path)) if "comment" in form.fields), comment="8 letters\r\n" * 470)
+    assert history_of(api.server)[-1] == ("commented", "8 letters\n" * 469 + "8 letters"), "5,000 with one per line end"
     assert "<script" not in person.get(path).text and "alert(1)" in person.text(path)
     report_now(api, clock, "1.3 50")
     assert "Open - regressed just now" in person.text(path)
     assert "Versions 1.2 to 1.3" in person.text(path)
+    for version in 2 * [f"1.{n}" for n in range(2, 23)] + ["1.23", "1.3"]:
+        report_now(api, clock, version)
+    assert "Versions 1.2 to 1.23" in person.text(path), "however few of its crashes are in the newest one"
     assert person.get(path).text.count("<summary>Earlier</summary>") == 1, "more than three entries"
     before, form = stored(api.server, "triage", "group_history"), state_form(person.get(path), "muted")
     assert re.search("Invalid until.*Until is in the past[.]", send(form, 400, until="2026-03-01").text, re.S)
@@ -5192,7 +5200,7 @@ def test_a_flood_of_facts_makes_one_message_with_a_count_and_hides_no_fact_of_an
     assert len(receiver.requests[0].body) < 4000 and stored(alerting, "facts") == {"facts": []}
 
 
-def test_a_channel_that_answers_410_ends_and_the_page_says_so(alerting, clock, receiver):
+def test_a_channel_that_answers_410_ends_until_a_test_succeeds_and_the_page_says_so(alerting, clock, receiver):
     receiver.status = 410
     note(alerting)
     assert deliver_later(alerting, clock) == ONE_FAILED
@@ -5201,6 +5209,16 @@ def test_a_channel_that_answers_410_ends_and_the_page_says_so(alerting, clock, r
     assert deliver_later(alerting, clock, 86400) == NONE_DUE and len(receiver.requests) == 1
     assert stored(alerting, "messages", "facts") == {"messages": [], "facts": []}, "there is no channel any more"
     assert "ended 1 d ago : the receiver answered 410 Gone" in Person(alerting).signed_in().text("/apps")
+    receiver.status = 500
+    with pytest.raises(StoreError):
+        alerting.alerts.test(alerting.channel)
+    receiver.status = 200
+    note(alerting)
+    assert deliver_later(alerting, clock, 3600) == NONE_DUE, "it has still ended"
+    alerting.alerts.test(alerting.channel)
+    note(alerting)
+    assert deliver_later(alerting, clock) == ONE_SENT
+    assert "no errors" in Person(alerting).signed_in().text("/apps")
 
 
 def test_a_redirect_is_not_followed_no_socket_stays_open_and_https_is_no_plain_text(alerting, receivers, monkeypatch):
@@ -7160,9 +7178,11 @@ def test_a_form_is_refused_without_the_token_of_its_session(api, person):
         person.post("/sign-out", 403, **forged)
         person.post("/sign-in", 403, token=TOKEN, **forged)
     person.web.post("/sign-out", headers=HTML, status=403, extra_environ={"REQUEST_METHOD": "post"})
-    for path, back in (("/apps", "/apps"), ("/crashes/00ab?app=A", "/crashes/00ab?app=A"), ("/sign-out", "/")):
+    for path, query in (("/apps", {"next": "/apps", "unsaved": 1}), ("/sign-out", {"next": "/"}),
+                        ("/crashes/00ab?app=A", {"next": "/crashes/00ab?app=A", "unsaved": 1})):
         answer = stranger.post(path, 303, action="create", name="Forged", form_token=form_token)
-        assert answer.headers["Location"] == "/sign-in?" + urlencode({"next": back})
+        assert answer.headers["Location"] == "/sign-in?" + urlencode(query)
+        assert ("was not saved" in stranger.get(answer.headers["Location"])) == ("unsaved" in query)
     assert stored(api.server, "apps", "keys", "grants") == before
 
 
@@ -7325,7 +7345,9 @@ def test_the_page_of_a_huge_report_is_small(api, person):
     frames = [{"symbol": f"frame {n}", "file": "a.swift"} for n in range(15_000)]
     group = post_crash(api, exception_reason="r" * 100_000, stack_trace=frames, notes="n" * 200_000)
     page = person.get("/crashes/" + group)
-    assert len(page.body) < 120_000 and "and 312 more frames" in page and "frame 199" in page
+    assert len(page.body) < 120_000 and "and 262 more frames" in page and "frame 199" in page
+    assert '<li value="462"' in page and "frame 14999" in page, "the frames that began an endless recursion"
+    assert "462 * frame 14950" in person.get(f"/crashes/{group}.txt") and "frame 14949" not in page
     assert len(person.get("/crashes").body) < 20_000
 
 
@@ -7334,6 +7356,7 @@ def test_the_page_of_a_huge_report_is_small(api, person):
 FULL = {**json.loads((EXAMPLES / "crash.json").read_text()), "free_disk_mb": 70,
         "breadcrumbs": [{"at": "14:22", "screen": "Cart"}, "tap"]}
 FULL["stack_trace"].append({"frame": 9, "symbol": "UIApplicationMain", "file": None, "line": None})
+OWN_CODE = '<span class="skip">own code: </span>'  # for those who do not see the colour
 OWN = [frame["symbol"] for frame in FULL["stack_trace"] if frame.get("file")]
 
 
@@ -7351,15 +7374,16 @@ OWN = [frame["symbol"] for frame in FULL["stack_trace"] if frame.get("file")]
       {**CRASH, "occurred_at": "2026-03-01T10:00:00Z"}],
      {"/": ["Crash-free sessions 75.00 %", "Active devices 4 24 hours", "Sessions 4 7 days", "Crashes 1 7 days",
             "SIGABRT new Because 0 1", "iPhone 15 Pro iPhone16,1 1", "SIGABRT 2",
-            'aria-label="Crashes per day, 11 Feb to 12 Mar: latest 1, highest 1 on 12 Mar, lowest 0"',
+            'aria-label="Crashes, day by day, 11 Feb to 12 Mar: latest 1 so far, highest 1 on 12 Mar, lowest 0"',
             "<title>1 Mar: 1</title>", "<title>2 Mar: 0</title>"],
       "/releases": ["1.2.0 - 75.00 % 100.00 % 1 4 100.00 %"]}),
     ([FULL], {"/crashes/{group}": [
         "ContentView.swift:42", "free memory mb 312", "battery level 0.67", "is charging false", "locale de_DE",
         "app version 1.2.0", "build number 47", "os version 18.3.1", "free disk mb 70",
-        "Time Action 14:22 Cart tap 00:00", "Crashes 1 Devices 1", '<li title=""><code><bdi>UIApplicationMain',
-        *(f'<li class="own" title=""><code><bdi>{symbol}</bdi>' for symbol in OWN)]}),
+        "Time Action 14:22 Cart tap 00:00", "Crashes 1 Devices 1", ' title=""><code><bdi>UIApplicationMain',
+        *(f'<li value="{n}" title="" class="own">{OWN_CODE}<code><bdi>{name}</bdi>' for n, name in enumerate(OWN))]}),
     ([{**CRASH, "occurred_at": "2031-01-02T03:04:05Z"}], {"/crashes/{group}": ['title="03:04:05">2031-01-02<']}),
+    ([{**CRASH, "exception_type": " "}], {"/crashes": [f"<bdi>{hashed(' ')}</bdi></a>"]}),
     ([{**CRASH, "device_id_hash": "d"}], {"/": [  # without versions there is no newest release
         "To fix first Crash Devices Crashes Last seen SIGABRT new 1 1 7 min ago"]}),
     *(([{**CRASH, "stack_trace": [frame]}], {"/crashes/{group}": [title + " - backfeedr "]}) for frame, title in (
@@ -7572,7 +7596,8 @@ def test_a_group_whose_crashes_have_expired_has_its_history_and_can_change_its_s
     assert feed_of(person, feed)[0] == []
     text = person.signed_in().text(path)
     assert re.search(f"{'SIGABRT' if days_later < 7 else ABORTS} - backfeedr", text)
-    for expected in ("Resolved Reopen Mute", "Crashes 0 Devices -", "commented It was the cart.", "have expired"):
+    for expected in ("Resolved Fixed in version Resolve Reopen Mute", "Crashes 0 Devices -",
+                     "commented It was the cart.", "have expired"):
         assert expected in text
     for form, state in (("open", "Open Fixed"), ("muted", "Muted Fixed"), ("open", "Open Fixed")):
         answer = send(state_form(person.get(path), form))
@@ -7681,6 +7706,8 @@ def test_an_impossible_change_is_refused_with_the_reason(api, person):
                    {"action": "delete", "name": "gone", "typed": "gone"}, {"action": "remove-channel", "id": "1"}]:
         answer = person.post("/apps", 400, form_token=form_token, **fields)
         assert 'role="alert"' in answer and ("There is no such action" in answer) == (fields["action"] == "x"), fields
+        typed = forms_of(answer)[-3]["name"].value if fields["action"] == "create" else None
+        assert typed == fields.get("name") or fields["action"] != "create", "what was typed is kept"
         assert stored(api.server, "apps", "keys") == before, fields
     assert "There is no channel 1" in answer
     assert api.post(CRASHES, CRASH)[0] == 201
@@ -7717,7 +7744,8 @@ def test_a_line_has_a_gap_where_a_value_is_missing_and_today_is_a_dot():
     chart = backfeedr.chart("Rate", days, [100, 90, None, 95, None, 100], unit=" %")
     for part in ('<path d="M0.5,0.0L1.5,72.0M3.5,36.0M5.5,0.0"/><path class="dot" d="M3.5,36.0h0M5.5,0.0h0"/>',
                  "<title>3 Mar: none</title>", "<title>4 Mar: 95 %</title>", "<title>6 Mar: 100 % so far</title>",
-                 'aria-label="Rate per day, 1 Mar to 6 Mar: latest 100 %, highest 100 % on 6 Mar, lowest 90 %"'):
+                 'aria-label="Rate, day by day, 1 Mar to 6 Mar: latest 100 % so far, highest 100 % on 6 Mar,'
+                 ' lowest 90 %"'):
         assert part in chart
     assert '"M0.5,3.0L1.5,2.0M2.5,1.0"/><path class="dot" d="M2.5,1.0h0"' in backfeedr.draw_line([3, 2, 1])
     assert "No data in this period" in backfeedr.chart("Rate", days[:1], [None])
