@@ -525,7 +525,7 @@ def _version_words(text: str) -> list[tuple[int, int, str]]:
 # Stack frames, and the group of a crash. A group is made of names, never of load addresses or line numbers, so the same
 # fault is one group on all phones and in the next build.
 
-GROUPING_VERSION = 2  # of these rules. A start that finds an older one has all stored crashes moved where they belong
+GROUPING_VERSION = 3  # of these rules. A start that finds an older one has all stored crashes moved where they belong
 SYSTEM_BASE = 0x180000000  # Apple's own libraries are loaded from this address on, an app below it
 MAX_SYMBOL = 1000  # characters of a symbol that are used for grouping
 MAX_PATH = 1024  # Darwin's limit
@@ -615,6 +615,8 @@ def _make_frame(symbol: str, file: str, binary: str = "", path: str = "", uuid: 
         symbol = ""
     if is_own is None:
         is_own = is_own_code(file, path, base, binary)
+    if file == "<compiler-generated>" and symbol.startswith("specialized "):  # Swift's library, compiled into the app
+        is_own = False
     is_trusted = bool(file or symbol and (is_symbolicated or not uuid or offset is None or not is_own))
     return Frame(symbol, file, binary[:MAX_SYMBOL], uuid, offset, is_own, is_trusted)
 
@@ -664,21 +666,22 @@ _COMPILER_PREFIXES = re.compile(
 _COMPILER_SUFFIXES = re.compile(
     r"(?: \+ (?:0x[0-9a-fA-F]+|[0-9]+)| \((?:in [^()]*|[^()]*:[0-9]+|\.[\w.]+)\)| at [^ ():]+(?::[0-9]+){1,2}"
     r"| \[clone [^]]*\]| (?:at )?[\[(]?0x[0-9a-fA-F]+[\])]?|\.(?:cold|resume)"
-    r"|::h[0-9a-f]{16}|\$VARIANT\$\w+|\.[0-9]+Tm"  # the hash of a build by Rust; the chip; a helper by Swift
+    r"|::h[0-9a-f]{16}|\$VARIANT\$\w+|(?:\.[0-9]+)?Tm"  # the hash of a build by Rust; the chip; a helper by Swift
     r"|T[YQ][0-9]+_|(?:\.(?:cold|llvm|resume|part|constprop|isra))?\.[0-9]+)+")
 _BLOCK = re.compile(r"(?:(?:__[0-9]+)+(?=[-+]\[)|__(?=.*_block_invoke))?(.*?)(?:_block_invoke(?:_[0-9]+)?)+")
-# Functions that are in every program, and those that the compiler makes. They do not tell where a fault is.
+# Functions that are in every program, C++'s library, and what the compiler makes. They do not tell where a fault is.
 _UNSPECIFIC = re.compile(
-    r"(?:_?main|start|_?dyld_start|static .*\$main\(\)(?: -> \(\))?|\$s.*5\$mainyyFZ|<compiler-generated>"
-    r"|__debug_main_executable_dylib_entry_point|protocol witness for .*|outlined .*|.* thunk"
-    r"|(?:(?:reabstraction|dispatch|non-virtual|virtual) )?thunk (?:for|to|of|helper from) .*)")
+    r"_?main|start|_?dyld_start|__debug_main_executable_dylib_entry_point|static .*\$main\(\)(?: -> \(\))?"
+    r"|\$s.*5\$mainyyFZ|(?:\w+ ){0,2}std::(?!.*> (?!std::|const\b)\w).*"  # no template that returns such a type
+    r"|<compiler-generated>|protocol witness for .*|outlined .*|OUTLINED_FUNCTION_[0-9]+|.*\.unsafeMutableAddressor"
+    r"|.* thunk|(?:(?:reabstraction|dispatch|non-virtual|virtual) )?thunk (?:for|to|of|helper from) .*")
 # Functions that a program runs through when it aborts. Some of their runtimes are linked into the app.
 _ABORTING = re.compile(
     r"_*(?:pthread_kill|kill|raise|abort|abort_message|assert_rtn|exceptionPreprocess|objc_exception_throw"
     r"|objc_terminate|cxa_throw|cxa_rethrow|demangling_terminate_handler|assertionFailure|fatalErrorMessage"
-    r"|preconditionFailure)\b.*|_?swift_.*|Swift\._?(?:assertionFailure|fatalErrorMessage|preconditionFailure)\b.*"
-    r"|Swift runtime failure: .*|[-+]\[NSException .*|std::(?:__)?terminate.*|\w*TerminateHandler\b.*"
-    r"|std::(?:sys|panicking|process)::.*|__rust_.*|rust_(?:panic|begin_unwind).*|_RNv\w*rust_begin_unwind"  # Rust
+    r"|preconditionFailure)\b.*|_*swift_.*|Swift\._?(?:assertionFailure|fatalErrorMessage|preconditionFailure)\b.*"
+    r"|Swift runtime failure: .*|[-+]\[NSException .*|\w*TerminateHandler\b.*"
+    r"|__rust_.*|rust_(?:panic|begin_unwind).*|_RNv\w*rust_begin_unwind"  # Rust
     r"|core::(?:panicking::|(?:\w+::)+(?:\w*_fail(?:ed)?\b|panic_)).*|alloc::\w+::handle_\w*error.*"
     r"|konan::abort.*|.*(?:terminateWith|process)UnhandledException.*"  # Kotlin
     r"|xamarin_.*|native_to_managed_.*"  # .NET
@@ -695,7 +698,7 @@ def canonical_name(symbol: str) -> str:
         if suffixes.start() > 0 and suffixes.end() == len(name):
             name = name[:suffixes.start()]
     block = _BLOCK.fullmatch(name)
-    return block[1] if block else name
+    return re.sub(r"\$_[0-9]+", "$_", block[1] if block else name)  # C++ numbers its lambdas by build
 
 
 @lru_cache(maxsize=2048)
@@ -1231,9 +1234,10 @@ def _api_frame(number: int, binary: str, uuid: str, offset: int | None, is_own: 
                ips_frame: JsonObject) -> JsonObject:
     """A frame of our API. One from an .ips file may have a symbol and a source line."""
     file, line = _member(ips_frame, "sourceFile", str).rpartition("/")[2], _member_number(ips_frame, "sourceLine")
-    if file == "<compiler-generated>":
-        file, line = "", None
     symbol = _member(ips_frame, "symbol", str).replace("<redacted>", "")
+    if file == "<compiler-generated>":
+        is_own = is_own and not symbol.startswith("specialized ")  # Swift's library
+        file, line = "", None
     frame = {"frame": number, "symbol": symbol, "file": file, "line": line or None, "binary": binary[:MAX_TEXT],
              "uuid": uuid, "offset": offset, "inlined": ips_frame.get("inline") is True or None, "in_app": is_own,
              "symbolicated": bool(is_own and symbol and not file) or None}  # makes read_frame trust it

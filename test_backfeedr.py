@@ -648,10 +648,11 @@ def calls(*names, **more):
     *(("A.b()" + suffix, "A.b()") for suffix in (
         " + 123", " (.cold.1)", " [clone .cold.1]", ".llvm.1234567", ".resume.0", ".cold", " at 0x10", ".12 + 4",
         " + 0x7b", " (in Shop) (Cart.swift:12) + 8", " [0x104d1d1d8]", " (0x104d1d1d8)", " at a.rs:1:2",
-        "::h0123456789abcdef", "$VARIANT$armv81", ".6Tm")),
+        "::h0123456789abcdef", "$VARIANT$armv81", ".6Tm", "Tm")),
     ("invocation function for block in Cart::total()", "Cart::total()"),
     ("__45__12-[Cart total]_block_invoke_block_invoke_2", "-[Cart total]"),
     ("__cart_total_block_invoke.17", "cart_total"), ("__9-[X y]_block_invoke_2.45.cold.1", "-[X y]"),
+    ("a(int)::$_12::operator()() const", "a(int)::$_::operator()() const"),
     ("$s4Shop1AV1byyYaFTQ0_", "$s4Shop1AV1byyYaF")])
 def test_what_a_compiler_adds_to_a_name_does_not_change_the_group(symbol, name):
     assert backfeedr.canonical_name(symbol) == name
@@ -688,7 +689,14 @@ def test_what_a_compiler_adds_to_a_name_does_not_change_the_group(symbol, name):
         "il2cpp::vm::Exception::Raise(Il2CppException*, MethodInfo*)",
         "-[RCTExceptionsManager reportFatal:stack:]", "FIRCLSTerminateHandler()", "core::option::expect_failed",
         "__rust_start_panic", "core::slice::index::slice_end_index_len_fail", "core::cell::panic_already_borrowed",
-        "alloc::alloc::handle_alloc_error")),
+        "alloc::alloc::handle_alloc_error", "__swift_destroy_boxed_opaque_existential_1Tm", "OUTLINED_FUNCTION_12",
+        "Store.shared.unsafeMutableAddressor", "std::__1::vector<int>::at[abi:ne200100](unsigned long) const",
+        "unsigned long std::__1::count<A<int>>(std::vector<A<int>> const&)",
+        "std::string std::operator+<char>(std::vector<int> const&, char)")),
+    (calls("std::vector<int> cart::items<int>(std::vector<int> const&)", file="a"),  # returns a type of the library
+     "std::vector<int> cart::items<int>(std::vector<int> const&)"),
+    ([*calls("specialized Array._checkIndex(_:)", file="<compiler-generated>", in_app=True, symbolicated=True),
+      *calls("specialized Cart.at(_:)", file="Cart.swift")], "Cart.at(_:)"),  # the first is of Swift's library
     (calls("rust_add", file="a"), "rust_add"),
     (calls("rust_panic", file="a"), "rust_panic"),
     # Frames without names count as build and offset, or as binary and offset.
@@ -1565,7 +1573,9 @@ IN_SHOP = {"binary": "Shop", "uuid": SHOP, "in_app": True}
     *[({"imageIndex": index}, {}) for index in (7, -1, "0", None, 3, 4, 5)], ({"imageOffset": "0x20"}, IN_SHOP),
     ({"symbol": "<redacted>"}, {**IN_SHOP, "offset": 32}),
     ({"sourceFile": "/Users/x/Cart.swift", "sourceLine": "12"}, {**IN_SHOP, "offset": 32, "file": "Cart.swift"}),
-    ({"sourceFile": "/<compiler-generated>", "sourceLine": 3}, {**IN_SHOP, "offset": 32})])
+    *[({"sourceFile": "/<compiler-generated>", "sourceLine": 3, "symbol": symbol}, {
+        **IN_SHOP, "offset": 32, "symbol": symbol, "in_app": is_own, **({"symbolicated": True} if is_own else {})})
+      for symbol, is_own in (("Cart.x.getter", True), ("specialized Array.subscript.getter", False))]])
 def test_unknown_parts_of_a_frame_are_left_out(changes, expected):
     images = [*IMAGES, {"name": "???", "path": "", "uuid": SHOP.translate(str.maketrans("12345A", "0" * 6))}, 5, []]
     frame = {"imageIndex": 0, "imageOffset": 32, **changes}
@@ -2503,7 +2513,7 @@ def test_reports_show_symbolicated_frames_beside_those_that_were_sent(api, perso
     assert event["properties"]["raw_stack_trace"] == hang["properties"]["stack_trace"]
     assert "Hang Stack trace own code: total Cart.swift:12, Shop just now" in person.text("/events")
     api.post(EVENTS, {**hang, "properties": {**hang["properties"], "duration": "2 s"}})
-    assert "Hang duration: 2 s own code: total Cart.swift:12, Shop just now" in person.text("/events"), "a short text once"
+    assert "Hang duration: 2 s own code: total Cart.swift:12, Shop just now" in person.text("/events"), "once"
 
 
 def test_the_lookups_for_a_report_are_limited(api, monkeypatch):
@@ -10070,6 +10080,16 @@ def test_symbols_are_sent_with_names_lines_and_inlined_functions_but_without_fol
 def test_names_stay_mangled_without_a_demangler_and_the_output_says_so(send_symbols, server):
     assert send_symbols(dsym()) == (0, f"{SENT}, Swift names as they are: swift-demangle is missing\n", "")
     assert functions_at(server, 0x4070, SHOP_UUID) == [("$s4Shop6BasketC3payyyF", "main.c", 6)]
+
+
+def test_a_name_says_that_a_function_stands_for_several_and_blocks_in_cpp_have_names(
+        send_symbols, symbols_module, tmp_path):
+    for name in ("swift-demangle", "llvm-cxxfilt"):
+        (tmp_path / name).write_text("#!/bin/sh\nwhile read -r name; do echo \"plain $name\"; done\n")
+        (tmp_path / name).chmod(0o755)
+    names = ["$s4Shop6BasketC3insyySiF", "$s4Shop6BasketC3insyySiFTm", "___ZN1A1bEv_block_invoke", "____Z1av", "b_Z1"]
+    assert symbols_module.demangled(names) == (
+        {name: ("merged plain " if name.endswith("Tm") else "plain ") + name for name in names[:4]}, "")
 
 
 def test_complete_builds_are_skipped_incomplete_ones_are_sent_and_missing_ones_are_named(send_symbols, server):

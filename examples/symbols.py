@@ -72,7 +72,7 @@ NOTHING = "no debug information"
 UNREADABLE_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 DEMANGLERS = (  # how mangled names begin, and commands that read them from standard input: the first one found is run
     ("Swift", re.compile(r"_?\$[sS]|_T"), ("xcrun swift-demangle --simplified", "swift-demangle --simplified")),
-    ("C++", re.compile("_?_Z"), ("llvm-cxxfilt -n", "c++filt -n")))
+    ("C++", re.compile("_{1,4}Z"), ("llvm-cxxfilt -n", "c++filt -n")))
 MANGLED = re.compile("|".join(pattern.pattern for _, pattern, _ in DEMANGLERS))
 
 Chain = tuple[tuple[str, Optional[str], int], ...]  # name, path and line, innermost first; () if nothing is known
@@ -296,9 +296,9 @@ def slice_ranges(file: Any, offset: int) -> tuple[str, list[tuple[int, int]]]:
             found += [(address + extent, *section.unpack_from(commands, at + segment.size + n * section.size))
                       for n in range(sections)]
         at += max(length, 8)
-    # Sections of pure instructions, but no stubs: they would get the name of the last function before them.
+    # Sections of instructions, pure or some, but no stubs: they would get the name of the last function before them.
     code = sorted((address - base, address - base + size, limit - base) for limit, name, _, address, size, flags
-                  in found if flags & 0x80000000 and not flags & 0xFF and b"stub" not in name)
+                  in found if flags & 0x80000400 and not flags & 0xFF and b"stub" not in name)
     if any(start < 0 or end > limit for start, end, limit in code):
         raise ValueError("a section outside of its segment")  # a wrong size would take years to read
     return uuid, [(start, end) for start, end, _ in code]
@@ -384,7 +384,8 @@ def demangled(names: Iterable[str]) -> tuple[dict[str, str], str]:
     for language, pattern, commands in DEMANGLERS:
         wanted = sorted(filter(pattern.match, names))
         found = next(filter(None, (answers(command, wanted) for command in commands)), None) if wanted else []
-        plain.update(zip(wanted, found or []))
+        # swift-demangle --simplified does not say that a function stands for several, which would be misleading.
+        plain.update((name, "merged " * name.endswith("Tm") + text) for name, text in zip(wanted, found or []))
         notes += [f", {language} names as they are: {commands[-1].split()[0]} is missing"] if found is None else []
     return plain, "".join(notes)
 
