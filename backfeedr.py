@@ -3631,7 +3631,7 @@ class Database(Closing):
 
     def __init__(self, path: str, clock: Callable[[], float] = time.time, may_create: bool = True):
         self._clock = clock
-        self._closed, self._write_error, self._logged_error = False, "", ""
+        self._closed, self._write_error, self._passed_error, self._last_error = False, "", "", ("", 0.0)
         # By process id. A child keeps its parent's connections here untouched: closing them would harm the parent.
         self._processes: dict[int, Process] = {}
         self._open(path, may_create)
@@ -3644,6 +3644,8 @@ class Database(Closing):
 
     def close(self) -> None:
         """Closes this process's connections, which folds in the WAL. May be called twice."""
+        with suppress(self.Error):
+            self._require_same_file()
         self._closed = True
         with self._process.write_lock:
             while self._process.readers:
@@ -3666,13 +3668,16 @@ class Database(Closing):
         return Connection(self.path, query_only)
 
     def _require_same_file(self) -> None:
-        """Raises sqlite3.Error if the file is gone or replaced: the old file's WAL would corrupt the new one."""
+        """Raises sqlite3.Error if the file is gone or replaced. Folds in the WAL, which would corrupt a new file there:
+        SQLite itself leaves the WAL of a file that was moved."""
         if self._closed:
             raise sqlite3.ProgrammingError("the store is closed")
         with suppress(OSError):
             is_there = os.path.samestat(os.stat(self.path), self._file_status)
             if is_there and os.path.realpath(self._given_path) == str(self.path):
                 return
+        with suppress(sqlite3.Error, AttributeError):  # no writer
+            self._process.writer.execute("pragma wal_checkpoint(truncate)")
         raise sqlite3.OperationalError(f"{self.path} was moved or replaced since the start")
 
     @contextmanager
@@ -3720,7 +3725,7 @@ class Database(Closing):
                 # Closing rolls back. After an error, SQLite may have done so by itself, and then each further statement
                 # would be a transaction of its own.
                 process.close_writer()
-                if isinstance(error, self.Error):
+                if isinstance(error, (self.Error, MemoryError)):
                     raise self._unavailable("write", error) from error
                 raise
 
@@ -3748,29 +3753,35 @@ class Database(Closing):
         return total
 
     def _unavailable(self, verb: str, error: Exception) -> StorageUnavailable:
-        """Logs an error once; returns the exception to raise. After a write that failed for another reason than a lock,
-        `check` makes trial writes until one succeeds or reports are stored again."""
-        if str(error) != self._logged_error:
-            log.error("cannot %s the database: %s", verb, error)
-            self._logged_error = str(error)
-        if verb == "write" and "locked" not in str(error):
-            self._write_error = str(error)
+        """Logs an error, unless it was the last one, less than a minute ago; returns the exception to raise. After a
+        write that failed for another reason than a lock, `check` makes trial writes until one succeeds or reports are
+        stored again."""
+        text, now = str(error) or type(error).__name__, self._clock()
+        if text != self._last_error[0] or now > self._last_error[1] + 60:
+            log.error("cannot %s the database: %s", verb, text)
+        self._last_error = text, now
+        if verb == "write" and "locked" not in text:
+            self._write_error = text
         return StorageUnavailable()
 
     def _check_clock(self) -> None:
         if not EARLIEST_PLAUSIBLE < self.now < MAX_NUMBER >> SEQ_BITS:
-            raise self._unavailable("use", ValueError(f"the clock of this host says {iso_time(self.now)}: set it"))
+            today = iso_day(self.now // DAY)  # no time, so that it is logged once
+            raise self._unavailable("use", ValueError(f"the clock of this host says {today}: set it"))
 
     def check(self) -> None:
-        """Raises StorageUnavailable if the clock is wrong, if reading fails, or if the last write and a trial fail."""
+        """Raises StorageUnavailable if the clock is wrong, if reading fails, or if the last write and a trial fail. If
+        an error comes again although a trial has passed, such as a damaged page, only stored reports end it."""
         self._check_clock()
         with self.reading() as db:
             self._require_same_file()
             db.execute("select 1 from apps").fetchone()
         if self._write_error:
+            if self._write_error == self._passed_error:
+                raise StorageUnavailable
             with self.writing() as db:
                 db.try_to_write()
-            self._write_error = self._logged_error = ""
+            self._passed_error, self._write_error = self._write_error, ""
 
     @property
     def size(self) -> int:
@@ -4814,7 +4825,7 @@ class Store(SymbolStore):
             process.committed_requests += len(queue.submissions)
             process.commit_seconds += time.monotonic() - began
             process.stored.update(stored)
-            self._write_error = self._logged_error = ""
+            self._write_error = self._passed_error = ""
 
     def export(self, kind: type[Any], app: str | None = None, since: int = 0) -> Iterator[StoredReport]:
         """The stored reports of a kind, Crash or Event, in the order of their seqs: of all apps or of one, received at
@@ -5386,9 +5397,9 @@ class Alerts:
         with self._store.writing(shared=True) as db:  # the channel first, so that two hosts do not deadlock
             db.execute("""
                 update channels set error = ?, error_at = ?, sent_at = coalesce(?, sent_at),
-                    ended_at = case when ? then null else coalesce(?, ended_at) end
+                    ended_at = case when ? > 0 then null else coalesce(?, ended_at) end
                 where id = ?""", (error and str(error), now if error else None, None if error else now,
-                                  not error, now if has_ended else None, message["channel_id"]))
+                                  int(not error), now if has_ended else None, message["channel_id"]))
             db.execute("""
                 update messages set due_at = :due, taken_until = :taken,
                     body = case when :due is null then '' else body end
@@ -8054,7 +8065,9 @@ def _connection_limit(threads: int) -> int:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     files = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-    return max(50, min(1000, (files - 3 * threads - 50) // 2))
+    if (connections := (files - 3 * threads - 50) // 2) < 10:  # without a limit that fits, a full table floods the log
+        raise OSError(f"{threads} threads need {3 * threads + 70} open files, and only {files} are allowed (ulimit -n)")
+    return min(1000, connections)
 
 
 def _drain(server: Any) -> None:

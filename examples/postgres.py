@@ -416,7 +416,8 @@ class PostgresStore(backfeedr.Store):
 
     def _unavailable(self, verb: str, error: Exception) -> backfeedr.StorageUnavailable:
         is_lock = isinstance(error, psycopg.errors.LockNotAvailable)  # after which `check` needs no trial
-        return super()._unavailable(verb, psycopg.Error("the database is locked: " * is_lock + _line(error)))
+        text = _line(error) or type(error).__name__
+        return super()._unavailable(verb, psycopg.Error("the database is locked: " * is_lock + text))
 
     def vitals(self) -> list[Any]:
         return [figure for figure in super().vitals() if figure[0] != "wal_bytes"]  # the WAL is the whole cluster's
