@@ -4001,7 +4001,7 @@ class Apps(Database):
             raise StoreError("an app's name is 1 to 100 printable characters, without a space at either end")
         if not db.execute("insert into apps (name, is_test, created_at) values (?, ?, ?) on conflict do nothing",
                           (name, is_test, self.now)).rowcount:
-            raise StoreError(f"there is an app named {name!r} already")
+            raise StoreError(f"there is an app named {name!r} already, to which you can add a key")
 
     def create_key(self, app: str) -> str:
         """Creates another key; returns it, as only its hash is stored. Raises StoreError if there is no such app."""
@@ -7289,7 +7289,7 @@ No matches. {{!anchor("Show all", "/events")}}. To send events, see <code>exampl
 <small>{{!text_html("vs. " + row["verdict"]["before"], 40) if row["verdict"] else ""}}</small>""", ""),
         "Crash-free sessions", "Crash-free devices", "Crashes", "Sessions", "Adoption", "First seen", "Last seen",
         empty=_NO_RELEASES, note="""A verdict compares two releases at the same age. Adoption is the share of the app's
-sessions in the last 7 days."""),
+sessions in the last 7 days. At most 100 releases are shown."""),
     "apps": """% if message:
 <section class="hint" role="{{"status" if status == 200 else "alert"}}">
 <p class="{{"" if status == 200 else "problem"}}">{{message}}</p><p class="key">{{secret}}</p>
