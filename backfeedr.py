@@ -163,7 +163,7 @@ class SettingsError(ValueError):
         self.name, self.problem = name, problem
 
 
-_RANGES = {"port": (0, 65535), "rate_limit": (0, 1_000_000), "max_body_size": (1, 1 << 30),
+_RANGES = {"port": (0, 65535), "rate_limit": (0, 1_000_000), "max_body_size": (1_000, 1 << 30),
            "retention_days": (0, 36_500), "max_db_size": (0, 1 << 50), "threads": (1, 1_000)}
 MIN_DB_SIZE = 500_000  # bytes; without any report, a database takes 213,000
 _TYPE_NAMES: dict[Any, str] = {str: "text", int: "a whole number", bool: "1 or 0"}
@@ -2540,6 +2540,7 @@ class SeenReleases:
                    "crashed_sessions": crashed_sessions,
                    "crash_free_sessions": crash_free_rate(crashed_sessions or crashes, sessions) if sessions else None,
                    "by": "session" if crashed_sessions else "count",
+                   "devices": devices,
                    "crash_free_devices": crash_free_rate(crashed_devices, devices) if devices else None,
                    "adoption": round(100 * self._sessions_of_release.get(key, 0) / (of_app.get((app_id,)) or 1), 2),
                    "first_seen": iso_time(first_seen), "last_seen": iso_time(last_seen), "verdict": verdicts.get(key)}
@@ -5148,7 +5149,7 @@ def _apprise_sender(url: str) -> Any:
         import apprise
     except ImportError:
         raise DeliveryError("an address that is not https://, slack+https:// or ntfy+https:// needs Apprise:"
-                            " pip install apprise") from None
+                            " pip install apprise, and backfeedr.py instead of the .pyz") from None
     logging.getLogger("apprise").setLevel(logging.CRITICAL)  # it logs addresses
     sender = apprise.Apprise()
     if not sender.add(url):
@@ -5959,7 +5960,7 @@ def _version_filter(version: str | None) -> JsonObject:
 # == Metrics ===================================================================
 # Answers about single reports, devices and symbols, and the daily digest.
 
-SCANNED_EVENTS = 20_000  # events that are read for a page, which may be short although another page follows
+SCANNED_EVENTS = 200_000  # events that are read for a page, which may be short although another page follows
 EVENTS_BEFORE_CRASH = 20  # events that the page of a crash shows, out of the session's latest 100
 
 
@@ -6034,6 +6035,15 @@ class Metrics(GroupMetrics):
             events = _load_reports(db, "events", seqs[:limit])
         following = events[-1]["id"] if seqs[len(events):] else event_ids(scan_end)[0] if scan_end else None
         return {"events": events, "next": following}
+
+    def crashes_of_device(self, device_id_hash: str, app: str | None = None) -> list[JsonObject]:
+        """The last 25 crashes that a device sent; `at` is in milliseconds."""
+        with self._snapshot(app) as (db, app_id):
+            return dict_rows(db, f"""
+                select seq, name as app, group_hash, exception_type, app_version, {COUNTED_AT} as at
+                from crashes join apps on apps.id = app_id
+                where {APP_FILTER} and device_id_hash = :device
+                order by seq desc limit 25""", {"app": app_id, "device": device_id_hash})
 
     def symbols(self, app: str | None = None) -> JsonObject:
         """The builds whose symbols are stored, the newest first; and those whose symbols are missing, with the number
@@ -6394,7 +6404,8 @@ def _usage_tiles(metrics: Metrics, app: str | None) -> Iterator[str]:
         yield _tile("Active devices", f"{count:,}", period, labels, active[column])
     average = "median" if any(seconds is not None for seconds in sessions["median_seconds"]) else "mean"
     length = "none has ended yet"
-    for day, seconds in zip(labels, sessions[average + "_seconds"]):
+    days = list(zip(labels, sessions[average + "_seconds"]))
+    for day, seconds in days[-1:] + days[:-1]:  # today only if there is no other
         if seconds is not None:
             length = f"{average} length on {_day_name(day)}: " + "{} min {} s".format(*divmod(round(seconds), 60))
     yield _tile("Sessions", f"{sum(sessions['sessions'][-7:]):,}", f"7 days; {length}", labels, sessions["sessions"])
@@ -6902,10 +6913,12 @@ class Dashboard:
         parameters = _parameters(page.query, "type", "name", "session_id", "device_id_hash", "cursor")
         is_session = "session_id" in parameters
         listing = self._metrics.events(page.app, **parameters, limit=LIST_ROWS, oldest_first=is_session)
+        device = parameters.get("device_id_hash")
+        crashes = self._metrics.crashes_of_device(device, page.app) if device and not is_session else None
         fields = (("Type", "type", [("", "all"), *zip(EVENT_TYPES, EVENT_TYPES)]), ("Name", "name"),
                   ("Session id", "session_id"), ("Device id hash", "device_id_hash"))
         return self._render(page, "Session" if is_session else "Events", "events", **listing, parameters=parameters,
-                            fields=fields, is_session=is_session)
+                            fields=fields, is_session=is_session, crashes=crashes)
 
     def _releases(self, page: PageRequest) -> Response:
         releases = self._metrics.releases(page.app, **_parameters(page.query, "sort"))
@@ -7134,7 +7147,7 @@ _TEMPLATES = {name: bottle.SimpleTemplate(source) for name, source in {
 % end
 <section><h2>{{!anchor("Is the latest release worse?", "/releases")}}</h2>
 % for row in verdicts:
-% verdict = row["verdict"] or {"word": "", "text": "no earlier release to compare with"}
+% verdict = row["verdict"] or {"word": "", "text": "nothing to compare with yet"}
 <div>""" + _RELEASE_COLUMN[1] + """ <b class="{{verdict["word"]}}">{{verdict["text"]}}</b>
 % if verdict.get("before") and verdict.get("interval"):
 <small>compared with {{!text_html(verdict["before"], 40)}} at the same age:
@@ -7158,8 +7171,8 @@ release (newest or most used) in the last 7 days, halved for each day since the 
         "groups", _GROUP_COLUMN, _COUNT_COLUMN, "Devices", ("30 days", '{{!sparkline(row["days"], "Crashes")}}', ""),
         ("Versions", """{{!text_html(", ".join(_shorten(version, 40) for version in row["versions"][-2:]))}}\
 {{", {} more".format(len(row["versions"]) - 2) if len(row["versions"]) > 2 else ""}}""", ""), "First seen", "Last seen",
-        empty="""No matches. {{!anchor("Show all", "/crashes", days="all")}}. To send a first crash,
-see {{!anchor("Apps", "/apps")}}.""") + _PAGE_LINKS,
+        empty="""No matches. {{!anchor("Show all", "/crashes", days="all")}}. In Version, 1.3* stands for
+all that begin with 1.3. To send a first crash, see {{!anchor("Apps", "/apps")}}.""") + _PAGE_LINKS,
     "group": """<p><b>{{!text_html(group["exception_type"] if group["place"] else "")}}</b>
 <span class="soft">{{!text_html(report.get("exception_reason", ""), 5000)}}</span></p>
 <dl class="facts">
@@ -7194,7 +7207,9 @@ see {{!anchor("Apps", "/apps")}}.""") + _PAGE_LINKS,
 </div>
 % for n, entry in enumerate(reversed(group["history"])):
 {{!"<details><summary>Earlier</summary>" if n == 3 else ""}}
-<p class="note">{{!value_html(entry["at"])}} <b>{{entry["what"]}}</b> {{!text_html(entry["detail"] or "", 5000)}}</p>
+% crash = re.match("crash ([0-9a-f]{16})", entry["detail"] or "")
+<p class="note">{{!value_html(entry["at"])}} <b>{{entry["what"]}}</b> {{!text_html(entry["detail"] or "", 5000)}}
+{{!anchor("Show", page.path, report=crash[1]) if crash else ""}}</p>
 % end
 {{!"</details>" if group["history"][3:] else ""}}</section>
 % if not report:
@@ -7204,8 +7219,8 @@ see {{!anchor("Apps", "/apps")}}.""") + _PAGE_LINKS,
 <section><h2>{{"Crash" if newer else "Latest crash"}}, {{!value_html(report["occurred_at"])}}</h2>
 <p class="actions">{{!anchor("Older crash", page.path, report=older) if older else ""}}
 {{!anchor("Newer crash", page.path, report=newer) if newer else ""}}
-% device = report.get("device_id_hash")
-{{!anchor("Events of this device", "/events", app=report["app"], device_id_hash=device) if device else ""}}</p>
+% device = {"app": report["app"], "device_id_hash": report.get("device_id_hash"), "cursor": report["id"]}
+{{!anchor("Earlier events of this device", "/events", **device) if device["device_id_hash"] else ""}}</p>
 <div class="crash"><div>
 % for build in group["missing_symbols"]:
 <p class="problem">Symbols for {{!text_html(build_name(build))}} are missing: {{!value_html(build["crashes"])}}
@@ -7241,10 +7256,19 @@ see {{!anchor("Apps", "/apps")}}.""") + _PAGE_LINKS,
 """,
     "events": """{{!_filter_form(page, fields, parameters)}}
 <p class="note">{{"First" if is_session else "Last"}} received first.
-% if "device_id_hash" in parameters:
+% if crashes is not None:
 <code>python backfeedr.py device forget</code> deletes all that a device sent.
 % end
 </p>
+% if crashes:
+<section><h2>Latest crashes of this device</h2>
+""" + _table("crashes", ("Crash", """
+% path = "/crashes/" + row["group_hash"]
+{{!anchor(row["exception_type"], path, app=row["app"], report=crash_id(row["seq"]))}}""", "main"),
+             ("Occurred", '{{!time_html(row["at"])}}', "bare"),
+             ("Version", '{{!text_html(row["app_version"] or "", 40)}}', "bare")) + """
+</section>
+% end
 """ + _table(
         "events", ("Event", """{{row["type"]}} <b>{{!text_html(row.get("name", ""), 80)}}</b>
 """ + _APP_NAMES + """
@@ -7287,9 +7311,9 @@ No matches. {{!anchor("Show all", "/events")}}. To send events, see <code>exampl
         "releases", _RELEASE_COLUMN, ("Verdict", """<span class="{{row["verdict"] and row["verdict"]["word"]}}">
 {{row["verdict"]["text"] if row["verdict"] else "-"}}</span>
 <small>{{!text_html("vs. " + row["verdict"]["before"], 40) if row["verdict"] else ""}}</small>""", ""),
-        "Crash-free sessions", "Crash-free devices", "Crashes", "Sessions", "Adoption", "First seen", "Last seen",
-        empty=_NO_RELEASES, note="""A verdict compares two releases at the same age. Adoption is the share of the app's
-sessions in the last 7 days. At most 100 releases are shown."""),
+        "Crash-free sessions", "Crash-free devices", "Crashes", "Sessions", "Devices", "Adoption", "First seen",
+        "Last seen", empty=_NO_RELEASES, note="""A verdict compares two releases at the same age. Adoption is the share
+of the app's sessions in the last 7 days. At most 100 releases are shown."""),
     "apps": """% if message:
 <section class="hint" role="{{"status" if status == 200 else "alert"}}">
 <p class="{{"" if status == 200 else "problem"}}">{{message}}</p><p class="key">{{secret}}</p>
@@ -8412,7 +8436,10 @@ class Commands:
     def do_alert_add(self) -> str:
         options = self.options
         kinds = options.on.replace(",", " ").split()
-        channel, secret = self.alerts.add(options.URL, options.app, kinds, options.with_reason, options.hour)
+        if options.hour is not None and "digest" not in kinds:
+            raise StoreError("--hour is that of the digest, which --on does not name")
+        channel, secret = self.alerts.add(options.URL, options.app, kinds, options.with_reason,
+                                          7 if options.hour is None else options.hour)
         message = f"Created channel {channel}."
         if secret:
             print(secret)
@@ -8466,7 +8493,7 @@ class Commands:
         with self.options.FILE as file:
             counts = import_jsonl(self.store, iter(lambda: file.readline(MAX_LINE), b""))
         return (f"Stored {plural(counts['stored'], 'report')}; {counts['known']:,} were here already, and"
-                f" {counts['expired']:,} are older than what is kept here.")
+                f" {counts['expired']:,} are older than what is kept here. Keys are not imported.")
 
 
 def _report_counts(rows: Counter[str]) -> str:
@@ -8693,7 +8720,7 @@ _COMMANDS: Sequence[tuple[str, str, Mapping[str, Any]]] = (  # name, help, argum
         "--on": dict(metavar="FACT,...", default="", help="only these facts: " + ", ".join(
             kind + " (default)" * is_default for kind, is_default in FACT_KINDS.items())),
         "--with-reason": dict(action="store_true", help="also send the crash's reason"),
-        "--hour": dict(type=int, choices=range(24), metavar="H", default=7, help="of the digest, UTC (default: 7)")}),
+        "--hour": dict(type=int, choices=range(24), metavar="H", help="of the digest, UTC (default: 7)")}),
     ("alert list", "list the channels and their last error", {}),
     ("alert test", "send a test message and print the result", _CHANNEL_ID),
     ("alert remove", "remove a channel", _CHANNEL_ID),

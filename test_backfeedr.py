@@ -515,7 +515,7 @@ def test_each_setting_has_a_default_and_is_read_from_its_variable_unless_overrid
 
 @pytest.mark.parametrize("variable, text", [
     *[("PORT", text) for text in ("http", "65536", "-1", "8080 ", "\u0661", "9" * 30)],
-    ("RATE_LIMIT", "-1"), ("RATE_LIMIT", "1.5"), ("MAX_BODY_SIZE", "0"), ("RETENTION_DAYS", "-1"), ("THREADS", "0"),
+    ("RATE_LIMIT", "-1"), ("RATE_LIMIT", "1.5"), ("MAX_BODY_SIZE", "999"), ("RETENTION_DAYS", "-1"), ("THREADS", "0"),
     ("REQUIRE_SIGNATURE", "maybe"), ("PUBLIC_METRICS", "2"), ("VERBOSE", "2"), ("DB_PATH", ":memory:"),
     ("API_KEY", "key\n"), ("API_KEY", " "), ("AUTH_TOKEN", "a\x00b"),
     *[("PUBLIC_URL", url) for url in (
@@ -3041,6 +3041,8 @@ def test_a_group_is_triaged_on_its_page(api, person, clock):
     assert "<script" not in person.get(path).text and "alert(1)" in person.text(path)
     report_now(api, clock, "1.3 50")
     assert "Open - regressed just now" in person.text(path)
+    regressed = person.get(path).click("Show", index=0)
+    assert "report=" in regressed.request.query_string and "1.3" in regressed, "the crash that did it"
     assert "Versions 1.2 to 1.3" in person.text(path)
     for version in 2 * [f"1.{n}" for n in range(2, 23)] + ["1.23", "1.3"]:
         report_now(api, clock, version)
@@ -5869,7 +5871,7 @@ class SlowMetrics:
                 "app": self.apps[app], "app_version": version, "sessions": sessions, "crashes": crashes,
                 "crashed_sessions": crashed_sessions, "by": "session" if crashed_sessions else "count",
                 "crash_free_sessions": slow_rate(crashed_sessions or crashes, sessions) if sessions else None,
-                "crash_free_devices": slow_rate(crashed, devices) if devices else None,
+                "devices": devices, "crash_free_devices": slow_rate(crashed, devices) if devices else None,
                 "adoption": per_cent(adopted, recent) if recent else 0.0,
                 "first_seen": iso_time(first), "last_seen": iso_time(last)}))
         return {"releases": [row for *_, row in sorted(releases)[:100]]}
@@ -6484,9 +6486,9 @@ def test_the_examples_of_the_reference_get_its_answers_and_are_stored_in_columns
     (DIAGNOSTICS, {"crashDiagnostics": []}, 200, b"{}", "unknown report format")])
 def test_checks_are_size_key_rate_signature_coding_json_in_order(serve, clock, path, good, status, unreadable, error):
     """Each request has all faults but those of the checks before."""
-    api = Api(serve(rate_limit=1, max_body_size=100))
+    api = Api(serve(rate_limit=1, max_body_size=1000))
     bad = {"X_Backfeedr_Timestamp": NOW, "X_Backfeedr_Signature": "sha256=0", "Content_Encoding": "br"}
-    assert api.post(path, b"x" * 101, key="nope", **bad)[0] == 413
+    assert api.post(path, b"x" * 1001, key="nope", **bad)[0] == 413
     assert api.post(path, b"x", key="nope", **bad) == (401, {"error": "invalid API key"})
     assert api.post(path, good)[0] == status, "which uses up the rate limit"
     assert api.post(path, b"x", **bad)[0] == 429
@@ -7430,8 +7432,8 @@ OWN = [frame["symbol"] for frame in FULL["stack_trace"] if frame.get("file")]
 @pytest.mark.parametrize("reports, texts_by_path", [
     ([], {"/": ["No reports yet", "curl -X POST http://localhost:80/api/v1/crashes",
                 "No crashes in the last 7 days", "once reports have an app_version"],
-          "/crashes": ["No matches", '<option value="7" selected>last 7 days'],
-          "/crashes?days=all": ["Show all . To send a first crash, see Apps .", '<option value="all" selected>all'],
+          "/crashes": ["No matches", "In Version, 1.3* stands", '<option value="7" selected>last 7 days'],
+          "/crashes?days=all": ["To send a first crash, see Apps .", '<option value="all" selected>all'],
           "/usage": ["No events in 30 days", "none has ended yet", "once reports have an app_version"],
           **dict.fromkeys(("/events", "/events?name=x", "/events?session_id=x"),
                           ["No matches. Show all . To send events, see examples/client.py"]),
@@ -7443,7 +7445,7 @@ OWN = [frame["symbol"] for frame in FULL["stack_trace"] if frame.get("file")]
             "SIGABRT new Because 0 1", "iPhone 15 Pro iPhone16,1 1", "SIGABRT 2",
             'aria-label="Crashes, day by day, 11 Feb to 12 Mar: latest 1 so far, highest 1 on 12 Mar, lowest 0"',
             "<title>1 Mar: 1</title>", "<title>2 Mar: 0</title>"],
-      "/releases": ["1.2.0 - 75.00 % 100.00 % 1 4 100.00 %"]}),
+      "/releases": ["1.2.0 - 75.00 % 100.00 % 1 4 4 100.00 %"]}),
     ([FULL], {"/crashes/{group}": [
         "ContentView.swift:42", "free memory mb 312", "battery level 0.67", "is charging false", "locale de_DE",
         "app version 1.2.0", "build number 47", "os version 18.3.1", "free disk mb 70",
@@ -7548,6 +7550,24 @@ def test_a_crash_shows_the_last_twenty_events_of_its_session_before_it(api, pers
     assert "Events of this session" not in person.text("/crashes/" + post_crash(api, exception_type="Alone"))
 
 
+def test_a_device_has_its_crashes_and_a_crash_the_earlier_events_of_its_device(api, person, clock):
+    for name in ("before", "after"):
+        api.post(EVENTS, {**EVENT, "name": name, "device_id_hash": "d"})
+        if name == "before":
+            group = post_crash(api, device_id_hash="d", app_version="1.2")
+            post_crash(api, exception_type="OfAnother", device_id_hash="e")
+        clock.move(60)
+    earlier = person.get("/crashes/" + group).click("Earlier events of this device")
+    assert "<bdi>before</bdi>" in earlier and "<bdi>after</bdi>" not in earlier
+    page = earlier.click("First page")
+    assert "<bdi>after</bdi>" in page and "device forget" in page and "OfAnother" not in page
+    shown = page.click("SIGABRT").request
+    assert shown.path == "/crashes/" + group and "report=" in shown.query_string
+    assert re.search(r"Latest crashes of this device Crash Occurred Version SIGABRT .* 1[.]2 Event", person.text(
+        page.request.path_qs))
+    assert "Latest crashes" not in person.get("/events?device_id_hash=none")
+
+
 def test_a_group_is_exported_as_text_or_markdown_without_devices_and_sessions(api, person):
     trace = [{**frame, "user": "who"} for frame in FULL["stack_trace"]]
     for n in range(2):
@@ -7632,7 +7652,7 @@ def test_late_reports_of_an_old_version_do_not_hide_the_newest_release(keeping, 
     server.store.add(KEY_HASH, [parse_crash({**CRASH, "app_version": f"0.8.{n}", "device_id_hash": "old"})
                                 for n in range(99)])  # with 0.9 these fill the list of releases
     text = person.text("/").split("Is the latest release worse?")[1]
-    assert re.match(" 1[.]2 default worse: 88 % of devices .* 7[.]0 Shop no earlier release to compare with New", text)
+    assert re.match(" 1[.]2 default worse: 88 % of devices .* 7[.]0 Shop nothing to compare with yet New", text)
     assert "worse" in person.text("/?app=default") and server.metrics.digest(None, 0, 1)[0]["text"].startswith(
         "default 1.2 is worse: ")
     first = server.metrics.attention("default")["first"]
@@ -7688,7 +7708,7 @@ def test_the_usage_page_shows_active_devices_session_lengths_and_retention(api, 
             for type, seconds in (("session_start", 300), ("custom", 200), ("session_end", 0))])
     text = person.text("/usage?app=default")
     for expected in ("Active devices 3 24 hours", "Active devices 3 7 days", "Active devices 5 30 days",
-                     "Sessions 5 7 days; median length on 12 Mar: 5 min 0 s",
+                     "Sessions 5 7 days; median length on 11 Mar: 5 min 0 s",
                      "Back after 1 day 25 % of 4 new devices", "Back after 7 days 50 % of 4 new devices",
                      "Back after 30 days - of 0 new devices", "bought a custom 4",
                      "Adoption, 7 days Version Adoption 1.0 80.00 % 2.0 20.00 % All"):
@@ -9012,6 +9032,7 @@ def test_alert_commands_add_list_test_and_remove_channels_and_deliver_sends(comm
     for options, problem in ((["--app", "Shopp"], "no app named"), (["--on", "crash.old"], "no fact 'crash.old'")):
         check_one_line(command("alert", "add", receiver.url, *options), f"*{problem}*")
     assert command("alert", "add", receiver.url, "--hour", "24")[0] == 2
+    check_one_line(command("alert", "add", receiver.url, "--hour", "6"), "*the digest, which --on does not name*")
     assert len(command("alert", "list")[1].splitlines()) == 2
 
 
@@ -9161,7 +9182,8 @@ def test_an_import_restores_what_export_printed(command, filled):
     sql_run("expired.db", f"insert into state values ('expired_crashes', {1 << 62}), ('expired_events', {1 << 62})")
     for path, new, known, old in (("other.db", count, 0, 0), ("other.db", 0, count, 0), ("expired.db", 0, 0, count)):
         assert command("import", "all", "--db", path) == (0, "", (
-            f"Stored {new:,} reports; {known:,} were here already, and {old:,} are older than what is kept here.\n"))
+            f"Stored {new:,} reports; {known:,} were here already, and {old:,} are older than what is kept here."
+            " Keys are not imported.\n"))
     for kind in ("crashes", "events"):
         assert command("export", kind, "--db", "other.db")[1].encode() == Path(kind).read_bytes()
 

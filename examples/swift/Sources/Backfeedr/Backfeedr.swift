@@ -17,6 +17,7 @@ public enum Backfeedr {
     /// reports nothing, if the endpoint is not an http(s) address, or if the key is empty or has a control character.
     @discardableResult
     public static func start(endpoint: String, key: String, sendsInLowDataMode: Bool = false) -> Bool {
+        let key = key.trimmingCharacters(in: .whitespacesAndNewlines)  // as a server reads a header
         guard let base = Client.base(of: endpoint), !key.isEmpty,
               key.rangeOfCharacter(from: .controlCharacters) == nil else {
             #if DEBUG

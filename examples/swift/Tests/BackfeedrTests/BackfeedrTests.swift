@@ -48,7 +48,7 @@ final class ValueTests: XCTestCase {
         }
         let bad = ["", "h:8080", "ftp://h", "http://", "http://user:word@h", "http://h?app=Shop", "http://h#a", "\0"]
         for bad in bad + ["http://["] { check(!Backfeedr.start(endpoint: bad, key: key), bad) }
-        for bad in ["", "bf_live_1\nX-Admin: 1", "bf_live_1\r"] {
+        for bad in ["", " \n", "bf_live_1\nX-Admin: 1", "bf_live_1\r1"] {
             check(!Backfeedr.start(endpoint: "http://h", key: bad), bad)
         }
     }
@@ -481,7 +481,7 @@ final class ReportTests: XCTestCase {
         Backfeedr.isEnabled = false
         check(!Backfeedr.isEnabled)
         equal(try FileManager.default.contentsOfDirectory(atPath: Client.folder.path), ["off"])
-        check(Backfeedr.start(endpoint: server.endpoint, key: key))
+        check(Backfeedr.start(endpoint: server.endpoint, key: " \(key)\n"))
         check(await Backfeedr.flush().value)
         equal(Backfeedr.deviceID.count, 64, "it waits for the device, because nothing can be sent before")
         Backfeedr.track("disabled")
