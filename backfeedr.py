@@ -253,9 +253,8 @@ def _from_text(text: str, kind: type) -> Any:
 # the API. Times are milliseconds since 1970 UTC. The tables of symbols and figures are in their own sections.
 #
 # `seq` is the time of receipt in milliseconds * 2^20 + a counter. The id of a report is its seq in hexadecimal, so it
-# takes no space and needs no index. Seqs ascend, so inserts append and retention deletes at the front. After the
-# host's clock was set back, seqs are ahead of the time of receipt, by `seq_ahead_ms`. A random part keeps seqs unique
-# across files.
+# takes no space and needs no index. Seqs ascend, so inserts append and retention deletes at the front. If the host's
+# clock is set back, they run ahead of it, by `seq_ahead_ms`. A random part keeps seqs unique across files.
 
 APPLICATION_ID = 0x62666472  # "bfdr" marks a file as ours
 SCHEMA_VERSION = 7
@@ -387,9 +386,8 @@ _RFC3339 = re.compile(
 
 
 def parse_time(text: str) -> int:
-    """Milliseconds since 1970 UTC of an RFC 3339 time with a zone, or the bound if the zone leads out of the years 1 to
-    9999. Raises ValueError. (Outside them datetime overflows. Before Python 3.11 it knows neither Z nor nanoseconds.)
-    """
+    """Milliseconds since 1970 UTC of an RFC 3339 time with a zone, cut to MIN_TIME and MAX_TIME, beyond which datetime
+    overflows. Raises ValueError. (Before Python 3.11, datetime knows neither Z nor nanoseconds.)"""
     match = _RFC3339.fullmatch(text)
     if match is None:
         raise ValueError("not an RFC 3339 time with a zone")
@@ -718,8 +716,7 @@ _GROUP_RULES: Sequence[Callable[[Frame], object]] = (
 
 def group_hash(exception_type: str, frames: Iterable[Frame]) -> str:
     """The group of a crash: a hash of its exception type and of the first three names in frames of the app's own code.
-    Without own code, other frames count. A frame without a name counts as its build and offset. Reads no more frames
-    than it needs, which is mostly the first few."""
+    Without own code, other frames count. A frame without a name counts as its build and offset. Reads few frames."""
     names: list[str] = []
     for rule in _GROUP_RULES:
         candidates, frames = tee(frames)  # as they are read lazily
@@ -2213,8 +2210,7 @@ class MergedRows:
         return self._known
 
     def save(self) -> list[tuple[Row, Any, int]]:
-        """Writes the rows that change. Returns those that change a sum, each with its key: as it was, with -1, and as
-        it is, with 1."""
+        """Writes the rows that change. Returns those that change a sum, with their keys: the old with -1, the new 1."""
         counts, changed, stored = [], [], self.stored(self.learned)
         for key, row in self.learned.items():
             before = stored.get(key)
@@ -2330,8 +2326,7 @@ create table groups (
         self.may_search = SEARCHED_CRASHES  # crashes that `save` may read to find the latest ones of groups
 
     def count(self, kind: type, reports: CountedReports, by: int) -> None:
-        crashes_of, devices_of = ((self._inserted, self.new_devices) if by > 0 else
-                                  (self._deleted, self._lost_devices))
+        crashes_of, devices_of = (self._inserted, self.new_devices) if by > 0 else (self._deleted, self._lost_devices)
         group_days, group_images = self._sums["group_days"]["crashes"], self._sums["group_images"]["crashes"]
         for crash in reports:
             app_id, group = crash.app_id, crash.group_hash
@@ -3006,8 +3001,7 @@ class RollUps:
                 figure.count(kind, reports, by)
 
     def expire(self, kind: type, reports: CountedReports) -> None:
-        """Takes expired reports, which are in the order of their seqs, out of all figures: see Figure.expire. Such a
-        transaction counts no other reports."""
+        """Like count(), but takes out expired reports: see Figure.expire. Such a transaction counts no others."""
         for figure in self.figures.values():
             if kind in figure.COUNTS:
                 figure.expire(kind, reports)
@@ -3723,8 +3717,7 @@ class Database(Closing):
                 db.execute("commit")
                 process.known.end()
             except BaseException as error:
-                # Closing rolls back. After an error, SQLite may have done so by itself, and then each further statement
-                # would be a transaction of its own.
+                # Closing rolls back. SQLite may have done so itself, and then each statement would be a transaction.
                 process.close_writer()
                 if isinstance(error, (self.Error, MemoryError)):
                     raise self._unavailable("write", error) from error
@@ -3741,8 +3734,7 @@ class Database(Closing):
 
     def _repeat_step(self, step: Callable[[Connection], Counter[str]],
                      prepare: Callable[[], Any] = lambda: None) -> Counter[str]:
-        """Repeats a step, each time in its own transaction, until it returns no counts; returns the sum of all. Calls
-        `prepare` before each."""
+        """Repeats `prepare` and a step in its own transaction until that returns no counts; returns the sum of all."""
         total: Counter[str] = Counter()
         while not self._closed:
             prepare()
@@ -4578,8 +4570,7 @@ class SymbolStore(Deletion):
     # Moving crashes to other groups
 
     def _regroup(self, db: Connection) -> int:
-        """One step of moving crashes to the groups that they belong to now. Returns how many batches of crashes it
-        checked; 0 if there is nothing left to do."""
+        """One step of moving crashes to the groups that they belong to now. Returns how many batches it checked."""
         batches, deadline, symbols = 0, time.monotonic() + STEP_SECONDS, Symbols(db)
         while row := db.execute("select * from regroupings order by app_id, group_hash limit 1").fetchone():
             self._regroup_crashes(db, symbols, deadline, row)
@@ -5191,9 +5182,8 @@ def redacted_address(url: str) -> str:
 
 
 # == Alerts ====================================================================
-# Sends facts to channels. The facts of a minute become one message for each channel that wants them. One transaction
-# claims a message, another records the outcome, and none is open while it is sent. If the server dies in between, the
-# message is sent again under the same id.
+# Sends facts to channels. Facts of a minute become one message per channel. One transaction claims a message, another
+# records the outcome. None is open in between; if the server dies there, the message is sent again under the same id.
 
 FACT_DELAY = MINUTE  # how long a fact waits for others that share its message
 MAX_FACTS = 10  # facts that a message lists; it only counts the others
@@ -6531,8 +6521,7 @@ def build_name(build: JsonObject) -> str:
 
 
 def _event_details(event: JsonObject, length: int = 100) -> str:
-    """The first twenty properties and unknown fields of an event, without a stack trace, the short ones first. Each has
-    up to `length` characters."""
+    """The first twenty properties and unknown fields of an event but its stack trace, the short ones first, cut."""
     hidden = ("stack_trace", "raw_stack_trace") if _trace_rows(event) else ()
     fields = {**event.get("properties", {}), **event.get("extra", {})}
     in_order = sorted(fields.items(), key=lambda item: len(_json_text(item[1])) > 100)
@@ -6632,8 +6621,7 @@ PAGE_HEADERS = {
 
 
 # == Page requests =============================================================
-# What a request for a page carries: its address, its browser's session and its form; and the parts of a page that
-# depend on them.
+# What a request for a page carries (its address, session and form), and the parts of a page that depend on it.
 
 SESSION_LIFETIME = 7 * DAY
 Response = Any  # a bottle.HTTPResponse; bottle has no types
@@ -6655,8 +6643,7 @@ class PageRequest:
         self.form: dict[str, str] = {}
         cookie_match = re.search(f"(?:^|; ?){cookie}=([0-9a-f]{{32}})(?:;|$)", environ.get("HTTP_COOKIE", ""))
         self.session = cookie_match[1] if cookie_match else ""
-        # Another site does not know the session, so it cannot make the token of its forms. The sign-in form has no
-        # session: it needs the admin token anyway.
+        # Another site does not know the session, so it cannot make this. (The sign-in form has none.)
         self.form_token = sha256("form" + self.session).hex()
 
     @property
@@ -7546,8 +7533,7 @@ class Backfeedr(Closing):
         return bottle.HTTPResponse(*self._call(handler, bottle.request.environ, **path))
 
     def _call(self, handler: Handler, environ: Environ, **path: str) -> tuple[bytes, int, dict[str, str]]:
-        """Calls a handler; returns the body, status and headers of its answer, or of the error that it raises. A text
-        is answered as it is, anything else as JSON."""
+        """The body, status and headers of what a handler answers, text or JSON, or of the error that it raises."""
         headers = dict(_JSON_HEADERS)
         try:
             status, answer = handler(environ, **path)
@@ -7958,8 +7944,7 @@ class _Dispatcher(ThreadedTaskDispatcher):
             log.exception("unexpected error")
 
     def gather(self, channels: list[_Channel]) -> Generator[Environ, None, None]:
-        """The environs of the requests that wait, and of those that come while they are decoded. Adds the connections
-        to `channels`."""
+        """The environs of the requests that wait or come while others are decoded. Fills `channels` with theirs."""
         size = 0
         try:
             while len(channels) < MAX_GATHERED_REQUESTS and size < MAX_GATHERED_BYTES:
@@ -7996,9 +7981,8 @@ SWITCH_INTERVAL = 0.002  # seconds that a thread may keep the interpreter while 
 
 
 def serve(settings: Settings, make: Callable[..., Backfeedr] = Backfeedr) -> None:
-    """Serves until SIGTERM or SIGINT. Raises OSError if it cannot listen, and ImportError without waitress, both before
-    a database is made. `make` gets the settings with the real port, and `announce`, a function that takes a text to
-    print."""
+    """Serves until SIGTERM or SIGINT. Before it makes a database, raises OSError if it cannot listen, and ImportError
+    without waitress. `make` gets the settings with the real port, and `announce`, which takes a text to print."""
     if waitress is None:
         raise ImportError(_MISSING_PACKAGE.format("waitress"))
     listener = _listen(settings.host, settings.port)
