@@ -433,12 +433,6 @@ def iso_day(day: int) -> str:
     return iso_time(day * DAY)[:10]
 
 
-def clock_ahead(latest: int, now: int) -> int:
-    """How many milliseconds a device's clock is ahead, given the latest time it sent; 0 up to MAX_SKEW. All reports of
-    a request are moved by this, so durations between them stay right."""
-    return latest - now if latest > now + MAX_SKEW else 0
-
-
 def counted_at(occurred_at: int, received_at: int, ahead_ms: int) -> int:
     """The time at which a report counts: the device's time, corrected by how far its clock is ahead. If that is not
     plausible, as from a clock that was never set, it is the time of receipt."""
@@ -1251,9 +1245,7 @@ MACH_EXCEPTIONS = {
 SIGNALS = {  # Darwin's numbers
     3: "SIGQUIT", 4: "SIGILL", 5: "SIGTRAP", 6: "SIGABRT", 7: "SIGEMT", 8: "SIGFPE", 9: "SIGKILL", 10: "SIGBUS",
     11: "SIGSEGV", 12: "SIGSYS", 13: "SIGPIPE", 14: "SIGALRM", 15: "SIGTERM"}
-EVENT_NAMES = {
-    "hangDiagnostic": "Hang", "cpuExceptionDiagnostic": "CPU exception", "appLaunchDiagnostic": "Slow launch",
-    "diskWriteExceptionDiagnostic": "Disk write exception"}
+EVENT_NAMES = {"cpuExceptionDiagnostic": "CPU exception", "appLaunchDiagnostic": "Slow launch"}  # others by their kinds
 DURATIONS = {  # the kinds that they tell
     "hangDuration": "hangDiagnostic", "totalCPUTime": "cpuExceptionDiagnostic", "launchDuration": "appLaunchDiagnostic",
     "writesCaused": "diskWriteExceptionDiagnostic", "totalWritesCaused": "diskWriteExceptionDiagnostic"}
@@ -1351,7 +1343,7 @@ def _metrickit_diagnostic(kind: str, item: JsonObject, environment: JsonObject) 
     trace = _metrickit_trace(_member(item, "callStackTree", dict), is_crash)
     if is_crash:
         return parse_crash, {**meta, **columns, **_metrickit_exception(kind, meta), "stack_trace": trace}
-    if not trace and kind not in EVENT_NAMES:
+    if not trace and kind not in DURATIONS.values():
         return None
     duration = next((name for name in DURATIONS if meta.get(name)), "")
     known = {"duration": meta.pop(duration, None), "build_number": columns.pop("build_number"), "stack_trace": trace}
@@ -2979,9 +2971,6 @@ QUERIES_BY_KEY = {table: f"select {table}.* from (values *) as keys cross join {
 # The changes that add to the sums of a row.
 ADDITIONS = {table: ", ".join(f"{name} = {table}.{name} + excluded.{name}" for name in sums.columns)
              for table, sums in SUMS.items()}
-# For tables that keep rows for some days: where the day or hour is in the key, its milliseconds, and the days.
-WINDOWS = {table: (1 + sums.key.index(unit), length, sums.window) for table, sums in SUMS.items()
-           for unit, length in (("day", DAY), ("hour", HOUR)) if sums.window and unit in sums.key}
 
 
 class RollUps:
@@ -3027,7 +3016,7 @@ class RollUps:
             rows = [(*key, *[by_key.get(key, 0) for by_key in counts])
                     for key in dict.fromkeys(chain.from_iterable(counts))]
             rows = [row for row in rows if any(row[-len(columns):])]
-        if table in WINDOWS:
+        if SUMS[table].window:
             position, first = self._window(table)
             rows = [row for row in rows if row[position] >= first]
         upsert(self.db, table, rows, ADDITIONS[table])
@@ -3036,8 +3025,8 @@ class RollUps:
 
     def _window(self, table: str) -> tuple[int, int]:
         """The position of the day or the hour in the key of a table with a window, and the first one that is kept."""
-        position, length, days = WINDOWS[table]
-        return position, (self.now - days * DAY) // length
+        unit, length = ("day", DAY) if "day" in PRIMARY_KEYS[table] else ("hour", HOUR)
+        return PRIMARY_KEYS[table].index(unit), (self.now - SUMS[table].window * DAY) // length
 
     def trim(self, oldest: int = 0) -> int:
         """Stores medians, and deletes up to STEP_ROWS old rows of each table; returns how many, 0 when none is left.
@@ -3045,7 +3034,7 @@ class RollUps:
         self.figures[Sessions].store_medians()
         today = self.now // DAY
         deleted = self._delete_some("new_names", "new_names where day < ?", today)
-        for table in WINDOWS:
+        for table in [table for table, sums in SUMS.items() if sums.window]:
             position, first = self._window(table)
             deleted += self._delete_some(table, f"{table} where {PRIMARY_KEYS[table][position]} < ?", first)
         # No verdict needs the hours in which a release was older than HEALTH_DAYS.
@@ -4152,7 +4141,8 @@ class Commit:
             seqs = earlier[1] if earlier else range(seq, seq + len(reports))
             if not earlier:
                 seq = seqs.stop
-                ahead = clock_ahead(max([report.occurred_at for report in reports]), self._now)
+                ahead = max([report.occurred_at for report in reports]) - self._now
+                ahead = ahead if ahead > MAX_SKEW else 0  # the same for all, so that durations between them stay right
                 self.add_reports(app_id, seqs, [self._now] * len(seqs), [ahead] * len(seqs), reports)
             submission.receipt = Receipt(seqs, earlier is not None)
             self._key_uses[app_id, submission.key_hash] += 1
@@ -6055,10 +6045,9 @@ class Metrics(GroupMetrics):
                 where device = ? order by name""", (device,))
             for app in apps:
                 key = app.pop("app_id"), device
-                versions, days = (db.execute(f"select {column} from {table} where app_id = ? and device = ? order by 1",
-                                             key).fetchall() for column, table in (
-                                                 ("app_version", "device_versions"), ("day", "device_days")))
-                app["versions"] = sorted((version for version, in versions), key=version_key)
+                days = db.execute("select day from device_days where app_id = ? and device = ? order by day", key)
+                versions = db.execute("select app_version from device_versions where app_id = ? and device = ?", key)
+                app["versions"] = sorted((version for version, in sorted(versions)), key=version_key)
                 app["days"] = [iso_day(day) for day, in days]
                 app["first_seen"] = iso_time(app.pop("first_day") * DAY)
                 app["last_seen"] = iso_time(app.pop("last_hour") * HOUR)
