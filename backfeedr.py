@@ -1064,7 +1064,7 @@ def _convert(sent: JsonObject, kind: type, max_size: int) -> list[Any]:
                     raise Refusal(f"invalid {name}", detail=f"{name} {error}") from None
                 unknown[name] = value
     for name in _REQUIRED:
-        if values.get(name, name) is None:  # a crash has no `type`, an event no `exception_type`
+        if name in values and values[name] is None:  # a crash has no `type`, an event no `exception_type`
             raise Refusal(f"missing {name}")
     if unknown:
         # Two more than are kept: `truncated` is not counted, and a spare one shows _truncate that others are missing.
@@ -3288,8 +3288,8 @@ def update_triage(db: Any, now: int, rollups: RollUps, crashes: Sequence[Any], a
         facts = [("new", stored[0])] * ((app_id, "group_hash", group) in accepted)
         if decision.state in ("resolved", "muted"):
             rollups.known.open_groups.discard((app_id, group))
-            if are_moved and decision.state == "muted" or not (
-                    facts := _reopen(db, now, decision, stored, new_devices)):
+            facts = [] if are_moved and decision.state == "muted" else _reopen(db, now, decision, stored, new_devices)
+            if not facts:
                 continue
         bound = max((n for n in SPREAD_BOUNDS if device_count - new_devices < n <= device_count), default=0)
         spread = "spread", f"to {bound} devices"
@@ -3878,21 +3878,14 @@ def key_name(key_hash: bytes) -> str:
     return bytes(key_hash).hex()[:16]
 
 
-class GeneratedSecrets(NamedTuple):
-    """The secrets that were generated at a start. None for those that existed or were given."""
-
-    key: str | None
-    token: str | None
-
-
 class Apps(Database):
     """A database of apps, their keys, and the secrets of the admin and of the feed."""
 
     retention_days, max_db_size = 0, 0  # see Store
 
-    def start(self, api_key: str = "", auth_token: str = "") -> GeneratedSecrets:
+    def start(self, api_key: str = "", auth_token: str = "") -> tuple[str | None, str | None]:
         """Stores the given API key, for the app `default`, and the given admin token. Without a given one, generates a
-        key if there is no app, and a token if none is stored; returns what it generated."""
+        key if there is no app, and a token if none is stored. Returns the generated key and token, else None."""
         key = generated_token = None
         with self.writing() as db:
             db.execute(SET_STATE, ("retention_days", self.retention_days))  # for commands that are not given it
@@ -3915,7 +3908,7 @@ class Apps(Database):
             if auth_token and stored_token != (sha256(auth_token),):
                 db.execute(SET_SECRET, ("admin_token", sha256(auth_token)))
                 db.execute("delete from grants")  # they stand for the old token
-        return GeneratedSecrets(None if api_key else key, generated_token)
+        return None if api_key else key, generated_token
 
     def secret_hash(self, name: str) -> bytes:
         """The SHA-256 of `admin_token` or `feed_token`; b"" if there is none."""
@@ -5830,16 +5823,15 @@ class GroupMetrics(PublicMetrics):
             first = rows[:SCORED_GROUPS] + by_devices[:SCORED_GROUPS]  # crashes alone say little: one device may loop
             current = SeenReleases(db, app_id, self._store.now).current()
             for row in first:
-                versions = [version for id, version in current if id == row["app_id"]]
-                newest, *_, most_used = (versions or [None]) * 2
+                versions: list[Any] = [version for id, version in current if id == row["app_id"]] or [None]
                 row["devices"], row["of_current"] = db.execute(f"""
                     select count(distinct device_id_hash),
                         count(distinct case when app_version in (:newest, :most_used) then device_id_hash end)
                     from crashes
                     where app_id = :app_id and group_hash = :group_hash and {RECEIVED_AT} >= :since
                         and {COUNTED_AT} / {DAY} between :first and :last
-                    """, {**parameters, **row, "newest": newest, "most_used": most_used}).fetchone()
-                row["has_release"] = bool(versions)
+                    """, {**parameters, **row, "newest": versions[0], "most_used": versions[-1]}).fetchone()
+                row["has_release"] = versions != [None]
                 row["score"] = row["of_current"] * 0.5 ** (max(0, self._store.now - row["last_seen"]) / DAY)
             first.sort(key=itemgetter("score", "devices", "count"), reverse=True)
             shown = {name: [{**_group_json(group), "is_new": group["came_at"] >= since}
@@ -6074,7 +6066,6 @@ ERRORS = {  # the texts of refusals by status; every other refusal has the statu
     501: ("transfer encoding not supported",), 503: ("storage unavailable",)}
 _STATUS_OF = {text: status for status, texts in ERRORS.items() for text in texts}
 _JSON_HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
-_DIGITS = re.compile("[0-9]*")
 
 Environ = dict[str, Any]
 Answer = tuple[int, Any]  # a status, and a JSON object or a text
@@ -6112,7 +6103,7 @@ def _header(environ: Environ, name: str) -> bytes:
 def _read_body(environ: Environ, limit: int) -> bytes:
     """The body as it was sent. Raises Refusal if it has more than `limit` bytes."""
     length = environ.get("CONTENT_LENGTH") or ""
-    if not _DIGITS.fullmatch(length):
+    if not re.fullmatch("[0-9]*", length):
         raise Refusal("invalid Content-Length")
     if len(length) > 18 or int(length or 0) > limit:  # int() raises ValueError for thousands of digits
         raise Refusal("request body too large")
@@ -6465,8 +6456,7 @@ def _group_title(group: JsonObject) -> str:
     """The app's function that crashes, or its binary and offset, or else the exception type, or the group's hash."""
     place = group["place"]
     name = place if _NAME_AND_OFFSET.fullmatch(place) else canonical_name(place)
-    title: str = next(filter(str.strip, (name, place, group["exception_type"])), group["group_hash"])
-    return title
+    return str(next(filter(str.strip, (name, place, group["exception_type"])), group["group_hash"]))
 
 
 _KNOWN_FRAME_FIELDS = {*chain.from_iterable(_FRAME_FIELDS.values()), "frame", "in_app", "symbolicated", "inlined"}
@@ -7413,10 +7403,10 @@ class Backfeedr(Closing):
         self._decode_lock = threading.Lock()
         self._request_counts: Counter[tuple[str, str, int]] = Counter()  # by method, route and status
         self._counts_lock = threading.Lock()
-        created = self.store.start(self.settings.api_key, self.settings.auth_token)
-        if created != (None, None):  # without `announce` another web server calls this one, at an unknown address
-            address = _url(self.settings.host, self.settings.port) if announce else "https://YOUR-SERVER"
-            (announce or sys.stderr.write)(first_start_text(created, self.settings.public_url.rstrip("/") or address))
+        key, token = self.store.start(self.settings.api_key, self.settings.auth_token)
+        if key or token:  # without `announce` another web server calls this one, at an unknown address
+            url = _url(self.settings.host, self.settings.port) if announce else "https://YOUR-SERVER"
+            (announce or sys.stderr.write)(first_start_text(key, token, self.settings.public_url.rstrip("/") or url))
         self.pages = Dashboard(self.store, self.metrics, self.rate_limited, self.alerts, self.settings.public_url)
         self._router = self._routes()
 
@@ -7680,15 +7670,13 @@ class Backfeedr(Closing):
         submission.idempotency = _idempotency(environ, signature, plain)
 
 
-def first_start_text(created: GeneratedSecrets, url: str) -> str:
+def first_start_text(key: str | None, token: str | None, url: str) -> str:
     """The text that shows the operator the secrets of a first start."""
-    text = ""
-    if created.key:
-        text += f"Created the app 'default'. Its API key, shown only this once:\n\n    {created.key}\n\n"
-    if created.token:
-        text += f"The admin token, shown only this once; it opens the pages at {url}/\n\n    {created.token}\n\n"
-    if created.key:
-        text += "Send a first crash:\n\n    " + curl_line(url, created.key).replace("\n", "\n    ") + "\n\n"
+    text = f"Created the app 'default'. Its API key, shown only this once:\n\n    {key}\n\n" if key else ""
+    if token:
+        text += f"The admin token, shown only this once; it opens the pages at {url}/\n\n    {token}\n\n"
+    if key:
+        text += "Send a first crash:\n\n    " + curl_line(url, key).replace("\n", "\n    ") + "\n\n"
     return text
 
 

@@ -11386,7 +11386,7 @@ def test_hosts_that_start_together_make_one_database(schemas):
         made = list(pool.map(lambda store: store.start(), stores))
     for store in stores:
         store.close()
-    assert sum(each.key is not None for each in made) == 1
+    assert sum(key is not None for key, _ in made) == 1
     assert sql(url, "select name from apps") == [("default",)]
 
 
