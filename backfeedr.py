@@ -76,7 +76,8 @@ To make a change, edit:
                                 for long text or JSON, _convert and _truncate_fairly
     add a figure                a class in FIGURES, its fields at the end of COUNTED; a query and a route, as above;
                                 SCHEMA_VERSION, and where migrate does not count all again, a count of the stored
-                                reports; for text that clients make up, MAX_NEW_NAMES, OTHER_FLAGS and NewNames
+                                reports; for text that clients make up, MAX_NEW_NAMES, OTHER_FLAGS, NewNames.FIELDS and
+                                KNOWN_IN, and STORED if anyone may ask
     add a page                  a query, as above; Dashboard.routes, a method there, a row of _TEMPLATES, and of
                                 _NAVIGATION for the menu
     add a command               a method do_... of Commands, a row of _COMMANDS, and a method of the store
@@ -84,7 +85,8 @@ To make a change, edit:
                                 check_address, and Alerts.add if it signs its messages
     accept another format       a function that makes a Diagnostic, and _read_diagnostics; for another path, _ingestion
 
-Tests name what must follow: README's tables, examples/openapi.json, and in test_backfeedr.py DOWNGRADES and recount().
+Tests name what must follow: README's tables (it may have 250 lines), examples/openapi.json, and in test_backfeedr.py
+DOWNGRADES, recount(), fill(), TABLES_OF, and the rows of an old database.
 """
 
 from __future__ import annotations
@@ -2896,6 +2898,9 @@ create table new_names (                   -- how many were new on a UTC day
 """
     FIELDS = {kind: {name: columns_getter(kind, name) for name in names} for kind, names in (
         (Crash, ("group_hash", "exception_type", "device_model", "app_version")), (Event, ("app_version", "name")))}
+    KNOWN_IN = {"group_hash": "groups where group_hash", "app_version": "builds where app_version",
+                "name": "event_names where name", **dict.fromkeys(
+                    ("exception_type", "device_model"), f"labels where field = column2 and day = {ALL_DAYS} and label")}
     STORED = {"app_version": "select count(distinct app_version) from builds where app_id = ?", **{
         name: f"select count(*) from labels where app_id = ? and field = '{name}' and day = {ALL_DAYS}"
         for name in ("exception_type", "device_model")}}
@@ -2928,14 +2933,10 @@ create table new_names (                   -- how many were new on a UTC day
 
     def _refused(self, days: Mapping[Name, int]) -> set[Name]:
         """Accepts new names up to the limits of their days; returns those that are refused."""
+        tests = [f"when '{field}' then exists (select 1 from {self.KNOWN_IN[field]} = column3 and app_id = column1)"
+                 for field in MAX_NEW_NAMES]
         unknown = set(rows_of(self._db, f"""
-            select column1, column2, column3 from (values *) as keys
-            where not case column2
-                when 'group_hash' then exists (select 1 from groups where app_id = column1 and group_hash = column3)
-                when 'app_version' then exists (select 1 from builds where app_id = column1 and app_version = column3)
-                when 'name' then exists (select 1 from event_names where app_id = column1 and name = column3)
-                else exists (select 1 from labels
-                    where app_id = column1 and field = column2 and day = {ALL_DAYS} and label = column3) end
+            select column1, column2, column3 from (values *) as keys where not case column2 {" ".join(tests)} end
             """, list(days.keys() - self.accepted)))
         self._known.update(days.keys() - unknown - self.accepted)  # not the accepted: an old event leaves no row
         new: dict[Row, list[Name]] = defaultdict(list)  # by app_id, day and field, in the order of receipt
