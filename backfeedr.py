@@ -339,7 +339,7 @@ create table channels (
 create table messages (                    -- those that wait, and those of the last hour; id is the webhook-id
     id text primary key, channel_id integer not null, created_at integer not null, body text not null,  -- JSON
     tries integer not null default 0, taken_until integer not null default 0,  -- no other process sends it before
-    due_at integer           -- of the next try; null: sent or given up; taken_until: only this message was refused
+    due_at integer           -- of the next try; null: sent or given up; = taken_until: refused, but the receiver is up
 ) without rowid;
 create index messages_by_time on messages (channel_id, created_at);
 """
@@ -519,7 +519,7 @@ def _version_words(text: str) -> list[tuple[int, int, str]]:
 # Stack frames, and the group of a crash. A group is made of names, never of load addresses or line numbers, so the same
 # fault is one group on all phones and in the next build.
 
-GROUPING_VERSION = 3  # of these rules. A start that finds an older one has all stored crashes moved where they belong
+GROUPING_VERSION = 3  # of these rules. A start with newer rules moves stored crashes to their new groups
 SYSTEM_BASE = 0x180000000  # Apple's own libraries are loaded from this address on, an app below it
 MAX_SYMBOL = 1000  # characters of a symbol that are used for grouping
 MAX_PATH = 1024  # Darwin's limit
@@ -663,10 +663,10 @@ _COMPILER_SUFFIXES = re.compile(
     r"|::h[0-9a-f]{16}|\$VARIANT\$\w+|(?:\.[0-9]+)?Tm"  # the hash of a build by Rust; the chip; a helper by Swift
     r"|T[YQ][0-9]+_|(?:\.(?:cold|llvm|resume|part|constprop|isra))?\.[0-9]+)+")
 _BLOCK = re.compile(r"(?:(?:__[0-9]+)+(?=[-+]\[)|__(?=.*_block_invoke))?(.*?)(?:_block_invoke(?:_[0-9]+)?)+")
-# Functions that are in every program, C++'s library, and what the compiler makes. They do not tell where a fault is.
+# Functions in every program, in C++'s library (unlike `std::vector<int> Shop::f<int>()`), or made by the compiler.
 _UNSPECIFIC = re.compile(
     r"_?main|start|_?dyld_start|__debug_main_executable_dylib_entry_point|static .*\$main\(\)(?: -> \(\))?"
-    r"|\$s.*5\$mainyyFZ|(?:\w+ ){0,2}std::(?!.*> (?!std::|const\b)\w).*"  # no template that returns such a type
+    r"|\$s.*5\$mainyyFZ|(?:\w+ ){0,2}std::(?!.*> (?!std::|const\b)\w).*"
     r"|<compiler-generated>|protocol witness for .*|outlined .*|OUTLINED_FUNCTION_[0-9]+|.*\.unsafeMutableAddressor"
     r"|.* thunk|(?:(?:reabstraction|dispatch|non-virtual|virtual) )?thunk (?:for|to|of|helper from) .*")
 # Functions that a program runs through when it aborts. Some of their runtimes are linked into the app.
@@ -700,8 +700,8 @@ def _is_specific(label: str) -> bool:
     return not (_UNSPECIFIC.fullmatch(label) or _ABORTING.fullmatch(label))
 
 
-# The first of these rules that any frame meets chooses the frames of the group: own code, then specific names of other
-# code (symbols before binaries), then whatever there is.
+# The first of these rules that any frame meets chooses the frames of the group: own code, else other code with a
+# symbol, else with a binary, all with specific names; else anything own or with a symbol, else anything.
 _GROUP_RULES: Sequence[Callable[[Frame], object]] = (
     lambda frame: frame.is_own and _is_specific(frame.label),
     lambda frame: frame.symbol and _is_specific(frame.label),
@@ -944,7 +944,7 @@ def report_id(kind: type, seq: int) -> str:
 def parse_crash(sent: JsonObject, max_size: int = MAX_REPORT_SIZE) -> Crash:
     """A crash from its JSON object, cut to `max_size` bytes. Raises Refusal."""
     trace: Any = sent.get("stack_trace")
-    # A spare frame shows _truncate that frames are missing.
+    # One frame more than is kept: from it, _truncate knows that frames are missing.
     frames = list(map(_normalize_frame, _limit_length(trace, spare_frames=1))) if _is_list_of_objects(trace) else []
     values = _convert({**sent, "stack_trace": frames} if frames else sent, Crash, max_size)
     kept = list(map(read_frame, _limit_length(frames)))
@@ -1069,7 +1069,7 @@ def _convert(sent: JsonObject, kind: type, max_size: int) -> list[Any]:
         if name in values and values[name] is None:  # a crash has no `type`, an event no `exception_type`
             raise Refusal(f"missing {name}")
     if unknown:
-        # Two more than are kept: `truncated` is not counted, and a spare one shows _truncate that others are missing.
+        # Two more than are kept: `truncated` is not counted, and from the other, _truncate knows that some are missing.
         unknown = {name: _flatten_if_deep(value) for name, value in islice(unknown.items(), MAX_FIELDS + 2)}
         values["extra"] = to_json(unknown)
         size += len(values["extra"])
@@ -1093,9 +1093,8 @@ def _truncate(long: JsonObject, values: JsonObject, max_size: int) -> JsonObject
     size = sum(len(value.encode()) for value in values.values() if type(value) is str)
     if size <= max_size and all(kept[name] is long[name] for name in long):
         return {}
-    for values_of in long, kept:  # frees the name of our own field `truncated`
-        values_of["extra"] = {"truncated_" if name == "truncated" else name: value
-                              for name, value in values_of["extra"].items()}
+    for part in long, kept:  # a client's own `truncated` gives way to ours
+        part["extra"] = {"truncated_" if name == "truncated" else name: value for name, value in part["extra"].items()}
     short_size = sum(len(str(value).encode()) for name, value in values.items() if name not in long)
     room = max_size - short_size - 200  # for `truncated`
     if _json_size(kept) > room:
@@ -1350,7 +1349,7 @@ def _metrickit_diagnostic(kind: str, item: JsonObject, environment: JsonObject) 
     duration = next((name for name in DURATIONS if meta.get(name)), "")
     known = {"duration": meta.pop(duration, None), "build_number": columns.pop("build_number"), "stack_trace": trace}
     known = {name: value for name, value in known.items() if value not in (None, "", [])}
-    properties = {**known, **meta, **known}  # what is known comes first
+    properties = {**known, **meta, **known}  # what is known comes first, and replaces fields of the same name
     words = re.sub("(?<=[a-z0-9])([A-Z])", r" \1", kind[:-len("Diagnostic")][:MAX_TEXT])  # gpuHang: "Gpu hang"
     name = EVENT_NAMES.get(kind, words.capitalize())
     return parse_event, {**columns, "type": "error", "name": name, "properties": properties}
@@ -2365,7 +2364,7 @@ create table groups (
         """Describes a group again if its latest crash was deleted, now or earlier without a search for the next one."""
         latest = max(crash.at for crash in deleted)
         if key in self._inserted and latest <= max(crash.at for crash in self._inserted[key]):
-            return  # the latest crash has only got other images, and `save` has described the group
+            return  # a crash of the group was stored again with other images, and `save` has described the group
         for crashes, in self._db.execute("""
                 select crashes from groups where app_id = ? and group_hash = ? and (last_seen <= ? or search = ?)
                 """, (*key, latest, key[1])).fetchall():
@@ -2436,7 +2435,7 @@ class SeenBuild(NamedTuple):
     """When the first and the last report of a build were received, in milliseconds."""
 
     first_seen: int
-    last_seen: int  # that of the first report in the last second, so that the row changes at most once a second
+    last_seen: int  # of reports in the same second, the first counts: so the row changes at most once a second
 
     def merged(self, other: SeenBuild) -> SeenBuild:
         is_same_second = self.last_seen // SECOND == other.last_seen // SECOND
@@ -3170,8 +3169,8 @@ def _trim_history(db: Any, app_id: int, group_hash: str) -> None:
 
 
 def rename_group(db: Any, app_id: int, group_hash: str, target: str) -> None:
-    """Makes a group without crashes an alias of the group `target`, which gets its history and, unless it has one of
-    its own, its decision. An earlier decision to leave it open does not count."""
+    """Makes a group without crashes an alias of the group `target`, which gets its history and its decision. If both
+    have one, that of `target` stays, unless it is the earlier one and only leaves the group open."""
     names = {"app": app_id, "group": group_hash, "target": target}
     if not db.execute("""
             select 1 from apps where id = :app and not exists (
@@ -3187,7 +3186,7 @@ def rename_group(db: Any, app_id: int, group_hash: str, target: str) -> None:
                 where app_id = :app and group_hash = :group""",
             """delete from triage where app_id = :app and group_hash = :target and state = 'open'
                 and regressed_at is null and changed_at < (
-                    select changed_at from triage where app_id = :app and group_hash = :group)""",  # only commented
+                    select changed_at from triage where app_id = :app and group_hash = :group)""",
             """update triage set group_hash = :target where app_id = :app and group_hash = :group and not exists (
                 select 1 from triage where app_id = :app and group_hash = :target)""",
             "delete from triage where app_id = :app and group_hash = :group"):
@@ -3227,8 +3226,8 @@ def _has_fix(version: str, build: str, fixed_in: str) -> bool | None:
 
 
 def _first_seen(db: Any, app_id: int, version: str, build: str, if_never: int) -> int:
-    """When a build, or a version if `build` is "", was first seen in a report. Events name no build, so the first build
-    that a crash names is as old as its version. With `if_never` 0, this also holds beyond MAX_BUILDS_OF_APP."""
+    """When a build, or a version if `build` is "", was first seen. Events name none, so the first build that a crash
+    names is as old as its version; and so is an unknown one (see MAX_BUILDS_OF_APP) if `if_never` is 0."""
     builds = dict(db.execute("select build_number, first_seen from builds where app_id = ? and app_version = ?",
                              (app_id, version)).fetchall())
     first_build = min(filter(None, builds), key=builds.__getitem__, default="")
@@ -3459,6 +3458,7 @@ def check_compatible(db: Connection, path: Path) -> None:
 _REPLACED = {2: ("devices", "sessions", "hours", "days", "durations", "releases", "release_days", "labels", "groups",
                  "group_hours"),
              4: ("groups", "builds", "releases", "group_devices", "group_sums")}
+# What older tables lack, by the first schema that has it.
 _ADDED_COLUMNS = {4: """
 alter table crashes add column clock_ahead_ms integer not null default 0;
 alter table crashes add column other integer not null default 0;
@@ -3471,7 +3471,7 @@ alter table {table} add column seq_ahead_ms integer not null default 0;
 update {table} set seq_ahead_ms = (seq >> 20) - received_at where received_at <> seq >> 20;
 alter table {table} drop column received_at;
 alter table {table} add column received_at integer generated always as ((seq >> 20) - seq_ahead_ms) virtual;
-""" for table in TABLES.values())}  # by the schema that added them to older tables
+""" for table in TABLES.values())}
 # Sums of schema 2 that outlive their reports: for each table, its columns after app_id.
 _SUMS_OF_2 = {
     "crash_days": "day, crashes from old_days", "session_days": "day, sessions, ended, session_ms from old_days",
@@ -3494,7 +3494,7 @@ def migrate(db: Connection, version: int) -> None:
                   + "".join(script for schema, script in _ADDED_COLUMNS.items() if 0 < version < schema)
                   + "drop view if exists releases;\n"
                   + (re.sub("create (table|index)", r"create \1 if not exists", SCHEMA) if version else SCHEMA))
-    if 4 <= version < 7:  # they begin again
+    if 4 <= version < 7:  # lists the groups from their first crash again
         db.run_script("alter table regroupings drop column received_at;\nupdate regroupings set seq = 0")
     if version == 2:
         _recount_2(db)
@@ -5256,7 +5256,7 @@ class Alerts:
                     when exists (select 1 from facts where id > last_fact and at not between :since and :now) then (
                         select count(*) from messages  -- due_at = taken_until if only this message was refused
                         where channel_id = channels.id and (created_at > :hour or due_at > taken_until)
-                    ) else :most end as messages  -- counted only if there are facts: that reads whole messages
+                    ) else :most end as messages  -- without new facts, nothing is counted: that reads whole messages
                 from channels left join apps on apps.id = app_id
                 where ended_at is null order by channels.id
                 """, {"since": now - FACT_DELAY + 1, "now": now, "hour": now - HOUR,  # at > now: a clock was set back
@@ -7610,7 +7610,7 @@ class Backfeedr(Closing):
                 if isinstance(error, Refusal):  # its traceback is never logged, and holds the body
                     error.__traceback__ = error.__context__ = None
             if not submission.reports:  # it was refused, or is an empty payload from Apple
-                submission.receipt = Receipt(range(0), True)
+                submission.receipt = Receipt(range(0), True)  # as if replayed: an empty payload is answered with 200
                 to_recheck.append(submission)
             elif submission.error is None:
                 to_store.append(submission)
@@ -8291,7 +8291,7 @@ SPAN_COLUMNS = {"sessions": ("first_seq", "last_seq"), "groups": ("first_seen", 
 
 def _wrong_rows(table: str) -> str:
     """A query for rows that are not stored, or whose span is shorter than that of the reports that are left."""
-    first, last = SPAN_COLUMNS.get(table, ("app_id", "app_id"))
+    first, last = SPAN_COLUMNS.get(table, ("app_id", "app_id"))  # equal anyway, so without a span nothing is compared
     same = [*PRIMARY_KEYS[table], *(("crashes", "devices") if table == "groups" else ())]
     condition, unit = "true", SECOND if table == "builds" else 1  # see SeenBuild.last_seen
     if "device" in table:
