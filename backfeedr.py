@@ -6013,10 +6013,12 @@ class Metrics(GroupMetrics):
         """The last 25 crashes that a device sent; `at` is in milliseconds."""
         with self._snapshot(app) as (db, app_id):
             return dict_rows(db, f"""
-                select seq, name as app, group_hash, exception_type, app_version, {COUNTED_AT} as at
-                from crashes join apps on apps.id = app_id
-                where {APP_FILTER} and device_id_hash = :device
-                order by seq desc limit 25""", {"app": app_id, "device": device_id_hash})
+                select seq, name as app, group_hash, sent.exception_type, coalesce(place, '') as place, app_version,
+                    {COUNTED_AT} as at
+                from (select * from crashes where {APP_FILTER} and device_id_hash = :device
+                    order by seq desc limit 25) as sent
+                join apps on apps.id = app_id left join groups using (app_id, group_hash)
+                order by seq desc""", {"app": app_id, "device": device_id_hash})
 
     def symbols(self, app: str | None = None) -> JsonObject:
         """The builds whose symbols are stored, the newest first; and those whose symbols are missing, with the number
@@ -7231,10 +7233,11 @@ all that begin with 1.3. To send a first crash, see {{!anchor("Apps", "/apps")}}
 <section><h2>Latest crashes of this device</h2>
 """ + _table("crashes", ("Crash", """
 % path = "/crashes/" + row["group_hash"]
-{{!anchor(row["exception_type"], path, app=row["app"], report=crash_id(row["seq"]))}}""", "main"),
+{{!anchor(_group_title(row), path, app=row["app"], report=crash_id(row["seq"]))}}
+<span class="soft">{{!text_html(row["exception_type"])}}</span>""", "main"),
              ("Occurred", '{{!time_html(row["at"])}}', "bare"),
              ("Version", '{{!text_html(row["app_version"] or "", 40)}}', "bare")) + """
-</section>
+</section><section><h2>Events of this device</h2></section>
 % end
 """ + _table(
         "events", ("Event", """{{row["type"]}} <b>{{!text_html(row.get("name", ""), 80)}}</b>

@@ -7554,17 +7554,17 @@ def test_a_device_has_its_crashes_and_a_crash_the_earlier_events_of_its_device(a
     for name in ("before", "after"):
         api.post(EVENTS, {**EVENT, "name": name, "device_id_hash": "d"})
         if name == "before":
-            group = post_crash(api, device_id_hash="d", app_version="1.2")
+            group = post_crash(api, device_id_hash="d", app_version="1.2", stack_trace=calls("Cart.pay", file="a"))
             post_crash(api, exception_type="OfAnother", device_id_hash="e")
         clock.move(60)
     earlier = person.get("/crashes/" + group).click("Earlier events of this device")
     assert "<bdi>before</bdi>" in earlier and "<bdi>after</bdi>" not in earlier
     page = earlier.click("First page")
     assert "<bdi>after</bdi>" in page and "device forget" in page and "OfAnother" not in page
-    shown = page.click("SIGABRT").request
+    shown = page.click("Cart.pay").request
     assert shown.path == "/crashes/" + group and "report=" in shown.query_string
-    assert re.search(r"Latest crashes of this device Crash Occurred Version SIGABRT .* 1[.]2 Event", person.text(
-        page.request.path_qs))
+    assert re.search(r"Latest crashes of this device Crash Occurred Version Cart.pay SIGABRT .* 1[.]2 Events of this"
+                     " device Event", person.text(page.request.path_qs))
     assert "Latest crashes" not in person.get("/events?device_id_hash=none")
 
 
