@@ -535,6 +535,7 @@ _API_FRAME_FIELDS = {"frame", "symbol", "file", "line"}
 _SYSTEM_BINARY = re.compile(r"dyld|libobjc-trampolines\.dylib|libswift\w{0,40}\.dylib")  # system code, wherever loaded
 # The system files of a simulator are below Xcode.app, too.
 _APP_PATH = re.compile(r"(?!/System/|/usr/|.*/(?:RuntimeRoot|Contents/Developer)/).*\.app(?:ex)?/", re.S)
+_SWIFT_LIBRARY = "specialized ", "merged specialized "  # compiled into an app, if the file is "<compiler-generated>"
 _NAME_AND_OFFSET = re.compile(r"(.*) \+ ([0-9]{1,18})")
 _PLACEHOLDER = re.compile("0x[0-9a-fA-F]+|[0-9a-fA-F]{8,16}|<redacted>|<unknown>|[?]+|_?_?mh_(?:execute|dylib)_header|")
 _CALL_STACK_LINE = re.compile(  # of callStackSymbols. \S before \s+: with a dot, a million spaces would take 5 s
@@ -609,7 +610,7 @@ def _make_frame(symbol: str, file: str, binary: str = "", path: str = "", uuid: 
         symbol = ""
     if is_own is None:
         is_own = is_own_code(file, path, base, binary)
-    if file == "<compiler-generated>" and symbol.startswith("specialized "):  # Swift's library, compiled into the app
+    if file == "<compiler-generated>" and symbol.startswith(_SWIFT_LIBRARY):
         is_own = False
     is_trusted = bool(file or symbol and (is_symbolicated or not uuid or offset is None or not is_own))
     return Frame(symbol, file, binary[:MAX_SYMBOL], uuid, offset, is_own, is_trusted)
@@ -660,13 +661,15 @@ _COMPILER_PREFIXES = re.compile(
 _COMPILER_SUFFIXES = re.compile(
     r"(?: \+ (?:0x[0-9a-fA-F]+|[0-9]+)| \((?:in [^()]*|[^()]*:[0-9]+|\.[\w.]+)\)| at [^ ():]+(?::[0-9]+){1,2}"
     r"| \[clone [^]]*\]| (?:at )?[\[(]?0x[0-9a-fA-F]+[\])]?|\.(?:cold|resume)"
-    r"|::h[0-9a-f]{16}|\$VARIANT\$\w+|(?:\.[0-9]+)?Tm"  # the hash of a build by Rust; the chip; a helper by Swift
+    r"|::h[0-9a-f]{16}|\$VARIANT\$\w+"  # the hash of a build by Rust; the chip; and then helpers by Swift
+    r"|(?:\.[0-9]+|(?<=[0-9A-Z_)])|(?<=v[gsM])|(?<=destroy)|(?<=_[gs]et))Tm"
     r"|T[YQ][0-9]+_|(?:\.(?:cold|llvm|resume|part|constprop|isra))?\.[0-9]+)+")
 _BLOCK = re.compile(r"(?:(?:__[0-9]+)+(?=[-+]\[)|__(?=.*_block_invoke))?(.*?)(?:_block_invoke(?:_[0-9]+)?)+")
-# Functions in every program, in C++'s library (unlike `std::vector<int> Shop::f<int>()`), or made by the compiler.
+# Functions in every program, of C++'s library (but not those that return a type of it), or made by the compiler.
 _UNSPECIFIC = re.compile(
     r"_?main|start|_?dyld_start|__debug_main_executable_dylib_entry_point|static .*\$main\(\)(?: -> \(\))?"
-    r"|\$s.*5\$mainyyFZ|(?:\w+ ){0,2}std::(?!.*> (?!std::|const\b)\w).*"
+    r"|\$s.*5\$mainyyFZ|(?:decltype\(.*\) |[^(]*[\w*&>] )?std::"
+    r"(?!.*[\w*&>] (?<!operator )(?!std::|const\b)\w+(?:::|[(<])).*"
     r"|<compiler-generated>|protocol witness for .*|outlined .*|OUTLINED_FUNCTION_[0-9]+|.*\.unsafeMutableAddressor"
     r"|.* thunk|(?:(?:reabstraction|dispatch|non-virtual|virtual) )?thunk (?:for|to|of|helper from) .*")
 # Functions that a program runs through when it aborts. Some of their runtimes are linked into the app.
@@ -1228,7 +1231,7 @@ def _api_frame(number: int, binary: str, uuid: str, offset: int | None, is_own: 
     file, line = _member(ips_frame, "sourceFile", str).rpartition("/")[2], _member_number(ips_frame, "sourceLine")
     symbol = _member(ips_frame, "symbol", str).replace("<redacted>", "")
     if file == "<compiler-generated>":
-        is_own = is_own and not symbol.startswith("specialized ")  # Swift's library
+        is_own = is_own and not symbol.startswith(_SWIFT_LIBRARY)
         file, line = "", None
     frame = {"frame": number, "symbol": symbol, "file": file, "line": line or None, "binary": binary[:MAX_TEXT],
              "uuid": uuid, "offset": offset, "inlined": ips_frame.get("inline") is True or None, "in_app": is_own,
@@ -3595,6 +3598,14 @@ class Process:
             self.writer.close()
             self.writer = None
 
+    def fold_in_wal(self) -> None:
+        """Folds in the WAL of a file that was moved, if no other program reads it. SQLite itself would leave the WAL,
+        and that would corrupt the file that takes the place."""
+        with suppress(sqlite3.Error, AttributeError):  # there may be no writer
+            timeout = self.writer.pragma("busy_timeout")
+            for pragma in ("busy_timeout = 0", "wal_checkpoint(truncate)", f"busy_timeout = {timeout}"):
+                self.writer.execute("pragma " + pragma)
+
     @property
     def waiting(self) -> list[Submission]:
         queue = self.queue
@@ -3629,10 +3640,9 @@ class Database(Closing):
 
     def close(self) -> None:
         """Closes this process's connections, which folds in the WAL. May be called twice."""
-        with suppress(self.Error):
-            self._require_same_file()
         self._closed = True
         with self._process.write_lock:
+            self._process.fold_in_wal()
             while self._process.readers:
                 self._process.readers.pop().close()
             self._process.close_writer()  # last, because a reader cannot fold in the WAL
@@ -3653,16 +3663,13 @@ class Database(Closing):
         return Connection(self.path, query_only)
 
     def _require_same_file(self) -> None:
-        """Raises sqlite3.Error if the file is gone or replaced. Folds in the WAL, which would corrupt a new file there:
-        SQLite itself leaves the WAL of a file that was moved."""
+        """Raises sqlite3.Error if the file is gone or replaced: the old file's WAL would corrupt the new one."""
         if self._closed:
             raise sqlite3.ProgrammingError("the store is closed")
         with suppress(OSError):
             is_there = os.path.samestat(os.stat(self.path), self._file_status)
             if is_there and os.path.realpath(self._given_path) == str(self.path):
                 return
-        with suppress(sqlite3.Error, AttributeError):  # no writer
-            self._process.writer.execute("pragma wal_checkpoint(truncate)")
         raise sqlite3.OperationalError(f"{self.path} was moved or replaced since the start")
 
     @contextmanager
@@ -3701,6 +3708,10 @@ class Database(Closing):
         with process.write_lock:
             try:
                 self._require_same_file()
+            except self.Error as error:  # the writer stays open until its WAL can be folded in
+                process.fold_in_wal()
+                raise self._unavailable("write", error) from error
+            try:
                 db = process.writer = process.writer or self._connect()
                 process.known.begin(db.begin_writing(shared))
                 yield db
@@ -3754,13 +3765,13 @@ class Database(Closing):
 
     def check(self) -> None:
         """Raises StorageUnavailable if the clock is wrong, if reading fails, or if the last write and a trial fail. If
-        an error comes again although a trial has passed, such as a damaged page, only stored reports end it."""
+        an error comes again although a trial has passed, such as a damaged page, the next trial is a minute later."""
         self._check_clock()
         with self.reading() as db:
             self._require_same_file()
             db.execute("select 1 from apps").fetchone()
         if self._write_error:
-            if self._write_error == self._passed_error:
+            if self._write_error == self._passed_error and self._clock() < self._last_error[1] + 60:
                 raise StorageUnavailable
             with self.writing() as db:
                 db.try_to_write()
@@ -3837,6 +3848,7 @@ def _prepare_tables(path: Path) -> None:
     with closing(Connection(path)) as db:
         check_compatible(db, path)
         if db.pragma("user_version") == SCHEMA_VERSION:
+            db.execute("pragma journal_mode = wal")  # a restored backup has another
             return
         if not db.pragma("user_version"):
             db.execute("pragma auto_vacuum = incremental")
@@ -6482,8 +6494,9 @@ def _trace_rows(report: JsonObject, only_known: bool = False) -> list[FrameRow]:
             rows.append(FrameRow(
                 len(rows), frame.title or "(no symbol)", ", ".join(filter(None, place)), frame.is_own, address))
     if left_out := rows[SHOWN_FRAMES:-LAST_SHOWN]:
-        row = left_out[0]._replace(symbol=f"and {len(left_out)} more frames", place="", address="")
-        rows[SHOWN_FRAMES:-LAST_SHOWN] = [row._replace(is_own=any(frame.is_own for frame in left_out))]
+        own = next((f"among them {frame.symbol} {frame.place}" for frame in left_out if frame.is_own), "")
+        rows[SHOWN_FRAMES:-LAST_SHOWN] = [
+            FrameRow(SHOWN_FRAMES, "and " + plural(len(left_out), "more frame"), own, bool(own), "")]
     return rows
 
 
@@ -7161,7 +7174,8 @@ all that begin with 1.3. To send a first crash, see {{!anchor("Apps", "/apps")}}
 <p class="note">Several apps have this crash. Choose one to change its state there:
 {{!" ".join(anchor(name, page.path, app=name) for name in group_apps)}}</p>
 % else:
-{{!form("Resolve", field_html("Fixed in version", "fixed_in", next_build), state="resolved")}}
+% fixed_in = (group["fixed_in"] or "") if group["state"] == "resolved" else next_build
+{{!form("Resolve", field_html("Fixed in version", "fixed_in", fixed_in), state="resolved")}}
 {{!form("Reopen", state="open") if group["state"] != "open" else ""}}
 <details><summary>Mute</summary>
 <p class="note">Without a condition, it stays muted until somebody reopens it.</p>
@@ -8055,7 +8069,8 @@ def _connection_limit(threads: int) -> int:
     files = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
     if (connections := (files - 3 * threads - 50) // 2) < 10:  # without a limit that fits, a full table floods the log
-        raise OSError(f"{threads} threads need {3 * threads + 70} open files, and only {files} are allowed (ulimit -n)")
+        raise OSError(f"only {files} open files are allowed (ulimit -n): {3 * threads + 70} are needed, or a lower"
+                      " BACKFEEDR_THREADS")
     return min(1000, connections)
 
 

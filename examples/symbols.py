@@ -384,8 +384,8 @@ def demangled(names: Iterable[str]) -> tuple[dict[str, str], str]:
     for language, pattern, commands in DEMANGLERS:
         wanted = sorted(filter(pattern.match, names))
         found = next(filter(None, (answers(command, wanted) for command in commands)), None) if wanted else []
-        # swift-demangle --simplified does not say that a function stands for several, which would be misleading.
-        plain.update((name, "merged " * name.endswith("Tm") + text) for name, text in zip(wanted, found or []))
+        merged = "Tm" if language == "Swift" else "-"  # ends a name that stands for several, which --simplified hides
+        plain.update((name, "merged " * name.endswith(merged) + text) for name, text in zip(wanted, found or []))
         notes += [f", {language} names as they are: {commands[-1].split()[0]} is missing"] if found is None else []
     return plain, "".join(notes)
 
