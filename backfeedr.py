@@ -6117,7 +6117,7 @@ def _header(environ: Environ, name: str) -> bytes:
 def _read_body(environ: Environ, limit: int) -> bytes:
     """The body as it was sent. Raises Refusal if it has more than `limit` bytes."""
     length = environ.get("CONTENT_LENGTH") or ""
-    if length and not length.isdecimal():
+    if length and not (length.isascii() and length.isdecimal()):
         raise Refusal("invalid Content-Length")
     if len(length) > 18 or int(length or 0) > limit:  # int() raises ValueError for thousands of digits
         raise Refusal("request body too large")
