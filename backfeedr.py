@@ -668,7 +668,7 @@ _BLOCK = re.compile(r"(?:(?:__[0-9]+)+(?=[-+]\[)|__(?=.*_block_invoke))?(.*?)(?:
 # Functions in every program, of C++'s library (but not those that return a type of it), or made by the compiler.
 _UNSPECIFIC = re.compile(
     r"_?main|start|_?dyld_start|__debug_main_executable_dylib_entry_point|static .*\$main\(\)(?: -> \(\))?"
-    r"|\$s.*5\$mainyyFZ|(?:decltype\(.*\) |[^(]*[\w*&>] )?std::"
+    r"|\$s.*5\$mainyyFZ|(?:decltype\(.*\) |[^(]*[\w*&>] (?<! as |mut |dyn )(?<!operator ))?std::"
     r"(?!.*[\w*&>] (?<!operator )(?!std::|const\b)\w+(?:::|[(<])).*"
     r"|<compiler-generated>|protocol witness for .*|outlined .*|OUTLINED_FUNCTION_[0-9]+|.*\.unsafeMutableAddressor"
     r"|.* thunk|(?:(?:reabstraction|dispatch|non-virtual|virtual) )?thunk (?:for|to|of|helper from) .*")
@@ -3599,12 +3599,15 @@ class Process:
             self.writer = None
 
     def fold_in_wal(self) -> None:
-        """Folds in the WAL of a file that was moved, if no other program reads it. SQLite itself would leave the WAL,
-        and that would corrupt the file that takes the place."""
+        """Folds in the WAL of a file that was moved, if no other program reads it, and closes the writer. SQLite itself
+        would leave the WAL, and that would corrupt the file that takes the place."""
         with suppress(sqlite3.Error, AttributeError):  # there may be no writer
             timeout = self.writer.pragma("busy_timeout")
-            for pragma in ("busy_timeout = 0", "wal_checkpoint(truncate)", f"busy_timeout = {timeout}"):
-                self.writer.execute("pragma " + pragma)
+            self.writer.execute("pragma busy_timeout = 0")
+            is_busy, *_ = self.writer.execute("pragma wal_checkpoint(truncate)").fetchone()
+            self.writer.execute(f"pragma busy_timeout = {timeout}")
+            if not is_busy:  # only once: the next WAL there is that of a server that has opened the new file
+                self.close_writer()
 
     @property
     def waiting(self) -> list[Submission]:
@@ -3660,7 +3663,10 @@ class Database(Closing):
 
     def _connect(self, query_only: bool = False) -> Connection:
         self._require_same_file()
-        return Connection(self.path, query_only)
+        db = Connection(self.path, query_only)
+        if not query_only:
+            db.execute("pragma journal_mode = wal")  # a restored backup has another
+        return db
 
     def _require_same_file(self) -> None:
         """Raises sqlite3.Error if the file is gone or replaced: the old file's WAL would corrupt the new one."""
@@ -3770,7 +3776,7 @@ class Database(Closing):
             self._require_same_file()
             db.execute("select 1 from apps").fetchone()
         if self._write_error:
-            if self._write_error == self._passed_error and self._clock() < self._last_error[1] + 60:
+            if self._write_error == self._passed_error and abs(self._clock() - self._last_error[1]) < 60:
                 raise StorageUnavailable
             with self.writing() as db:
                 db.try_to_write()
@@ -3847,7 +3853,6 @@ def _prepare_tables(path: Path) -> None:
     with closing(Connection(path)) as db:
         check_compatible(db, path)
         if db.pragma("user_version") == SCHEMA_VERSION:
-            db.execute("pragma journal_mode = wal")  # a restored backup has another
             return
         if not db.pragma("user_version"):
             db.execute("pragma auto_vacuum = incremental")
@@ -6894,8 +6899,9 @@ class Dashboard:
         parameters = _parameters(page.query, "type", "name", "session_id", "device_id_hash", "cursor")
         is_session = "session_id" in parameters
         listing = self._metrics.events(page.app, **parameters, limit=LIST_ROWS, oldest_first=is_session)
-        device = parameters.get("device_id_hash")
-        crashes = self._metrics.crashes_of_device(device, page.app) if device and not is_session else None
+        crashes = []
+        if (device := parameters.get("device_id_hash")) and not is_session and "cursor" not in parameters:
+            crashes = self._metrics.crashes_of_device(device, page.app)
         fields = (("Type", "type", [("", "all"), *zip(EVENT_TYPES, EVENT_TYPES)]), ("Name", "name"),
                   ("Session id", "session_id"), ("Device id hash", "device_id_hash"))
         return self._render(page, "Session" if is_session else "Events", "events", **listing, parameters=parameters,
@@ -7189,7 +7195,7 @@ all that begin with 1.3. To send a first crash, see {{!anchor("Apps", "/apps")}}
 </div>
 % for n, entry in enumerate(reversed(group["history"])):
 {{!"<details><summary>Earlier</summary>" if n == 3 else ""}}
-% crash = re.match("crash ([0-9a-f]{16})", entry["detail"] or "")
+% crash = entry["what"] != "commented" and re.match("crash ([0-9a-f]{16})", entry["detail"] or "")
 <p class="note">{{!value_html(entry["at"])}} <b>{{entry["what"]}}</b> {{!text_html(entry["detail"] or "", 5000)}}
 {{!anchor("Show", page.path, report=crash[1]) if crash else ""}}</p>
 % end
@@ -7238,7 +7244,7 @@ all that begin with 1.3. To send a first crash, see {{!anchor("Apps", "/apps")}}
 """,
     "events": """{{!_filter_form(page, fields, parameters)}}
 <p class="note">{{"First" if is_session else "Last"}} received first.
-% if crashes is not None:
+% if "device_id_hash" in parameters:
 <code>python backfeedr.py device forget</code> deletes all that a device sent.
 % end
 </p>
