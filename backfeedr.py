@@ -8330,12 +8330,15 @@ def _wrong_rows(table: str) -> str:
             and kept.{first} <= counted.{first} and kept.{last} / {unit} >= counted.{last} / {unit})"""
 
 
-def channel_warnings(path: Path) -> list[str]:
-    """A warning for each alert channel whose last message failed."""
+def content_warnings(path: Path) -> list[str]:
+    """A warning for each app without a key, as after an import, and for each channel whose last message failed."""
     with suppress(sqlite3.Error, TypeError), closing(_open_read_only(path)) as db:  # the file may be older, or damaged
+        apps = db.execute("""
+            select name from apps where id not in (select app_id from keys where revoked_at is null) order by id""")
         rows = db.execute("select id, url, ended_at, error, error_at from channels where error is not null order by id")
-        return [f"Channel {id} ({redacted_address(url)}) has {'ended' if ended_at else 'failed'}: {error}"
-                f" at {iso_time(error_at)}" for id, url, ended_at, error, error_at in rows]
+        return [*(f"App {name!r} has no key, so it refuses all reports: see 'key create'" for name, in apps),
+                *(f"Channel {id} ({redacted_address(url)}) has {'ended' if ended_at else 'failed'}: {error}"
+                  f" at {iso_time(error_at)}" for id, url, ended_at, error, error_at in rows)]
     return []
 
 
@@ -8504,7 +8507,7 @@ def _run_checks(overrides: dict[str, Any]) -> int:
                 return status
     with suppress(SettingsError):  # reported above
         size_limit = Settings.from_env(**overrides).max_db_size
-    for warning in (*file_warnings(path, size_limit), *channel_warnings(path)):
+    for warning in (*file_warnings(path, size_limit), *content_warnings(path)):
         print(f"WARN {warning}")
     return status
 

@@ -9250,6 +9250,10 @@ def test_check_accepts_an_import_of_reports_that_are_too_old_for_some_sums(comma
         Path(kind).write_bytes(command("export", kind)[1].encode() + b"junk")
         assert command("import", kind, "--db", "other.db")[0] == 1, "the last line is junk"
         assert "\nok  roll-ups: " in output_of(command, "check", "--db", "other.db")
+    keyless = "\nWARN App 'default' has no key, so it refuses all reports: see 'key create'\n"
+    assert keyless in output_of(command, "check", "--db", "other.db")
+    command("key", "create", "default", "--db", "other.db")
+    assert keyless not in output_of(command, "check", "--db", "other.db")
 
 
 def test_an_export_has_each_report_as_sent_with_what_the_server_added_filtered_by_app_or_day(command, filled):
