@@ -7622,7 +7622,7 @@ class Backfeedr(Closing):
     def submit_all(self, environs: Iterable[Environ]) -> None:
         """Decodes requests and stores their reports in one commit. Puts each submission into its environ: the WSGI call
         that follows only answers. Without a submission there, the WSGI call does all of this itself."""
-        to_store, to_recheck, began = [], [], time.thread_time()
+        to_store, to_recheck = [], []
         for environ in environs:
             environ[_SUBMISSION] = submission = Submission()
             try:
@@ -7631,10 +7631,6 @@ class Backfeedr(Closing):
                 submission.error = error
                 if isinstance(error, Refusal):  # its traceback is never logged, and holds the body
                     error.__traceback__ = error.__context__ = None
-            ended = time.thread_time()
-            if ended - began > CPU_SECONDS_PER_REQUEST and submission.key_hash:  # seldom
-                self._charge(submission.key_hash, ended - began)
-            began = ended
             if not submission.reports:  # it was refused, or is an empty payload from Apple
                 submission.receipt = Receipt(range(0), True)  # as if replayed: an empty payload is answered with 200
                 to_recheck.append(submission)
@@ -7676,8 +7672,12 @@ class Backfeedr(Closing):
         if not self._limiter.allow(key_hash):  # may ask another host, so it stays outside the lock
             self.rate_limited.count(key_hash)
             raise Refusal("rate limit exceeded", self._limiter.retry_after(key_hash))
-        with self._decode_lock:
-            self._parse(environ, body, key, submission)
+        began = time.thread_time()
+        try:
+            with self._decode_lock:
+                self._parse(environ, body, key, submission)
+        finally:  # an error of the limiter then fails only this request
+            self._charge(key_hash, time.thread_time() - began)
 
     def _parse(self, environ: Environ, body: bytes, key: bytes, submission: Submission) -> None:
         signature = b""

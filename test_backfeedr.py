@@ -8611,6 +8611,15 @@ def test_a_bad_report_with_a_revoked_key_is_refused_for_the_key(server, monkeypa
     assert len(lookups) == 2, "once for each key, because each lookup waits for a database that is down"
 
 
+def test_a_limiter_that_fails_for_a_key_fails_no_other_request_of_the_batch(server, monkeypatch):
+    other = server.store.create_app("Shop")
+    monkeypatch.setattr(server, "_charge", lambda key, seconds: 1 / (key == KEY_HASH))
+    environs = [environ_of(X_Backfeedr_Key=key) for key in (KEY, other, KEY)]
+    server.submit_all(environs)
+    assert [answer_to(server, environ)[0] for environ in environs] == [201, 500, 201]
+    assert count(server, "crashes") == 2
+
+
 def test_an_empty_payload_has_its_own_answer_among_others(server):
     other = server.store.create_app("Shop")
 
